@@ -1,0 +1,849 @@
+"""Stage 1 of Double Visual Defense (arXiv 2501.09446): ΔCLIP, a CLIP trained from scratch on adversarial images.
+
+    min over θ   E over (x, t)   max over ‖δ‖∞ ≤ ε, 0 ≤ x+δ ≤ 1   of   L( f(x+δ), g(t) )          L: symmetric InfoNCE
+
+    torchrun clip_adv.py                                    # ΔCLIP on easy-VQA, 2 CPU cores, under 10 minutes
+    torchrun clip_adv.py --eps 0 --out runs/clip            # vanilla CLIP: same samples, same number of updates
+    torchrun --nproc_per_node 8 clip_adv.py --data DIR ...  # a folder with metadata.jsonl, 8 GPUs
+    python eval.py zeroshot runs/clip runs/clip_adv         # both under attack
+
+The file reads top to bottom: configuration, model, loss, the two schedules, main. Formats and plumbing come last.
+Pixels are float32 in [0, 1] everywhere outside the image tower, ε and α are in 1/255 on the command line only.
+"""
+import argparse
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import platform
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import typing
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel as DDP
+from tqdm import tqdm
+
+import attacks
+import data
+
+
+@dataclass
+class Config:
+    out: str = 'runs/clip_adv'    # run directory: checkpoints, log, and a model that open_clip opens
+    data: str = 'easyvqa'         # 'easyvqa', or a folder with metadata.jsonl (file_name, text)
+    holdout: str = ''             # captions left out of training, e.g. 'red circle,blue triangle'
+    workers: int = 0              # image-decoding processes per rank; 0: none of its own
+    init: str = ''                # start from the weights of this run directory (--size may differ)
+    resume: bool = False          # continue the run in --out; start it where there is none
+    overwrite: bool = False       # delete the run in --out first
+    seed: int = 0                 # of weights, order, augmentation and δ₀
+    # attack
+    eps: float = 8.               # radius ε of the l∞ ball, in 1/255; 0 trains a vanilla CLIP
+    alpha: float | None = None    # step size α, in 1/255; default 0.75 ε (the paper's 3 for ε = 4)
+    k: int = 2                    # PGD steps K
+    eps_from: float = 0.18        # ε (and α) ramp up linearly from this fraction of the run …
+    eps_to: float = 0.55          # … to this one; before the ramp training is clean, and four times as fast
+    k_from: float = 0.60          # until this fraction of the run the attack has 1 step of 1.25 ε, then K of α
+    # model (ignored with --init and --arch, which bring theirs)
+    size: int = 32                # side of the image in pixels
+    patch: int = 4                # side of a patch in pixels
+    width: int = 64               # of the image tower
+    layers: int = 3               # of the image tower
+    head_width: int = 32          # of the image tower's attention heads
+    mlp_ratio: float = 4.0        # hidden width of the blocks' MLPs / width
+    embed_dim: int = 64           # of the shared embedding
+    text_width: int = 64          # of the text tower
+    text_layers: int = 2          # of the text tower
+    text_heads: int = 2           # of the text tower
+    context: int = 8              # tokens of a caption, start and end included; longer ones are cut
+    arch: str = ''                # an open_clip model configuration (JSON) instead, e.g. ViT-H-14-CLIPA-336.json
+    tokenizer: str = ''           # tokenizer.json or WordPiece vocab.txt; default: a BPE trained on the captions
+    vocab_size: int = 8192        # upper limit for that BPE
+    # optimisation
+    batch_size: int = 32          # global: of all processes together
+    steps: int = 4700             # updates
+    lr: float = 1.5e-3            # peak learning rate
+    warmup: int = 100             # steps of linear warm-up; cosine to 0 after it
+    wd: float = 0.05              # weight decay, on matrices only
+    beta2: float = 0.95           # of AdamW; β₁ is 0.9
+    clip: float = 1.0             # limit of the gradient's l2 norm
+    # running
+    compile: bool | None = None   # torch.compile both towers; default: on CUDA only
+    log_every: int = 50           # steps between lines of log.jsonl
+    save_every: int = 500         # steps between checkpoints
+
+
+# ============================================================================================================== model
+# One block serves both towers. Parameter names are open_clip's (which are OpenAI's), so weights go both ways as they are.
+class Attention(nn.Module):
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
+        self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
+        self.out_proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, causal: bool) -> Tensor:
+        qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)                             # [B, N, 3W]
+        q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)               # 3 × [B, heads, N, W/heads]
+        x = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+        return self.out_proj(x.transpose(1, 2).flatten(2))                                    # [B, N, W]
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block: x + attention(LN(x)), then x + MLP(LN(x))."""
+
+    def __init__(self, width: int, heads: int, mlp_ratio: float, activation: nn.Module, ln_eps: float):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(width, ln_eps)
+        self.attn = Attention(width, heads)
+        self.ln_2 = nn.LayerNorm(width, ln_eps)
+        hidden = int(width * mlp_ratio)
+        self.mlp = nn.Sequential()
+        self.mlp.add_module('c_fc', nn.Linear(width, hidden))
+        self.mlp.add_module('gelu', activation)
+        self.mlp.add_module('c_proj', nn.Linear(hidden, width))
+
+    def forward(self, x: Tensor, causal: bool) -> Tensor:
+        x = x + self.attn(self.ln_1(x), causal)
+        return x + self.mlp(self.ln_2(x))
+
+
+class Transformer(nn.Module):
+    def __init__(self, width: int, layers: int, heads: int, mlp_ratio: float, activation: nn.Module, ln_eps: float):
+        super().__init__()
+        self.resblocks = nn.ModuleList(Block(width, heads, mlp_ratio, activation, ln_eps) for _ in range(layers))
+        for block in self.resblocks:  # OpenAI's initialisation, for both towers
+            nn.init.normal_(block.attn.in_proj_weight, std=width ** -0.5)
+            nn.init.normal_(block.attn.out_proj.weight, std=(width * 2 * layers) ** -0.5)
+            nn.init.normal_(block.mlp.c_fc.weight, std=(2 * width) ** -0.5)
+            nn.init.normal_(block.mlp.c_proj.weight, std=(width * 2 * layers) ** -0.5)
+
+    def forward(self, x: Tensor, causal: bool = False) -> Tensor:
+        for block in self.resblocks:
+            x = block(x, causal)
+        return x
+
+
+class QuickGELU(nn.Module):
+    """The activation of OpenAI's weights."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(1.702 * x)
+
+
+def activation(cfg: dict, quick_gelu: bool) -> nn.Module:
+    return QuickGELU() if quick_gelu else nn.GELU(**(cfg['act_kwargs'] or {}))
+
+
+class ViT(nn.Module):
+    """Image tower f: float32 [B, 3, S, S] in [0, 1] → [B, embed_dim], not normalised. Mean and std live in here."""
+
+    def __init__(self, cfg: dict, embed_dim: int, quick_gelu: bool, mean: list[float], std: list[float]):
+        super().__init__()
+        width, ln_eps = cfg['width'], (cfg['norm_kwargs'] or {}).get('eps', 1e-5)
+        self.patch, self.pool, self.ln_after_pool = cfg['patch_size'], cfg['pool_type'], cfg['final_ln_after_pool']
+        self.size = cfg['image_size']
+        self.register_buffer('mean', torch.tensor(mean).view(3, 1, 1), persistent=False)
+        self.register_buffer('std', torch.tensor(std).view(3, 1, 1), persistent=False)
+        self.conv1 = nn.Conv2d(3, width, self.patch, self.patch, bias=False)  # the name and the shape; see embed
+        self.class_embedding = nn.Parameter(width ** -0.5 * torch.randn(width))
+        self.positional_embedding = nn.Parameter(width ** -0.5 * torch.randn((self.size // self.patch) ** 2 + 1, width))
+        self.ln_pre = nn.Identity() if cfg['no_ln_pre'] else nn.LayerNorm(width, ln_eps)
+        self.transformer = Transformer(width, cfg['layers'], width // cfg['head_width'], cfg['mlp_ratio'],
+                                       activation(cfg, quick_gelu), ln_eps)
+        self.ln_post = nn.LayerNorm(width, ln_eps)
+        self.proj = nn.Parameter(width ** -0.5 * torch.randn(width, embed_dim))
+
+    def embed(self, x: Tensor) -> Tensor:
+        """Pixels → the tokens that enter the first block, [B, 1 + patches, width]; the first is the class token."""
+        x = (x - self.mean) / self.std
+        # A convolution whose stride is its kernel is one matrix product over patches, and as that it is the faster one
+        # on a CPU, most of all backwards to the pixels, which is what the attack needs.
+        x = F.pixel_unshuffle(x, self.patch).flatten(2).transpose(1, 2)                       # [B, patches, 3·p·p]
+        x = F.linear(x, self.conv1.weight.flatten(1))                                         # [B, patches, W]
+        x = torch.cat([self.class_embedding.to(x.dtype).expand(len(x), 1, -1), x], dim=1)
+        return self.ln_pre(x + self.positional_embedding)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.transformer(self.embed(x))
+        if not self.ln_after_pool:
+            x = self.ln_post(x)
+        x = x[:, 0] if self.pool == 'tok' else x[:, 1:].mean(dim=1)
+        if self.ln_after_pool:
+            x = self.ln_post(x)
+        return x @ self.proj
+
+
+class TextTower(nn.Module):
+    """Text tower g: token ids [B, L] → [B, embed_dim], not normalised."""
+
+    def __init__(self, cfg: dict, embed_dim: int, quick_gelu: bool):
+        super().__init__()
+        width, ln_eps = cfg['width'], (cfg['norm_kwargs'] or {}).get('eps', 1e-5)
+        self.causal, self.text_pool, self.eos_id = not cfg['no_causal_mask'], cfg['pool_type'], cfg['eos_id']
+        self.token_embedding = nn.Embedding(cfg['vocab_size'], width)
+        self.positional_embedding = nn.Parameter(torch.empty(cfg['context_length'], width))
+        self.transformer = Transformer(width, cfg['layers'], cfg['heads'], cfg['mlp_ratio'],
+                                       activation(cfg, quick_gelu), ln_eps)
+        self.ln_final = nn.LayerNorm(width, ln_eps)
+        self.text_projection = nn.Parameter(torch.empty(width, embed_dim))
+        nn.init.normal_(self.token_embedding.weight, std=0.02)
+        nn.init.normal_(self.positional_embedding, std=0.01)
+        nn.init.normal_(self.text_projection, std=width ** -0.5)
+
+    def text_features(self, tokens: Tensor) -> Tensor:
+        x = self.token_embedding(tokens) + self.positional_embedding
+        x = self.ln_final(self.transformer(x, self.causal))                                   # [B, L, W]
+        if self.text_pool in ('argmax', 'eos'):  # where the end of the text is: its id is the highest, or known
+            end = tokens.argmax(-1) if self.text_pool == 'argmax' else (tokens == self.eos_id).int().argmax(-1)
+            x = x[torch.arange(len(x), device=x.device), end]
+        else:
+            x = x[:, -1] if self.text_pool == 'last' else x[:, 0]
+        return x @ self.text_projection
+
+
+class CLIP(TextTower):
+    """Both towers and the logit scale 1/τ, stored as its logarithm.
+
+    It *is* a text tower with an image tower in `visual`, since that is how OpenAI named the parameters. Calling the
+    module embeds images, so that the update goes through DistributedDataParallel; encode_text embeds captions.
+    """
+
+    def __init__(self, model_cfg: dict, preprocess_cfg: dict):
+        cfg, preprocess = complete(model_cfg, preprocess_cfg)
+        super().__init__(cfg['text_cfg'], cfg['embed_dim'], cfg['quick_gelu'])
+        self.model_cfg, self.preprocess_cfg = model_cfg, preprocess
+        self.visual = ViT(cfg['vision_cfg'], cfg['embed_dim'], cfg['quick_gelu'], preprocess['mean'], preprocess['std'])
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """float32 [B, 3, S, S] in [0, 1] → float32 unit vectors [B, embed_dim]"""
+        return F.normalize(self.visual(images).float(), dim=-1)
+
+    def encode_text(self, tokens: Tensor) -> Tensor:
+        """int64 [B, L] → float32 unit vectors [B, embed_dim]"""
+        return F.normalize(self.text_features(tokens).float(), dim=-1)
+
+
+# =============================================================================================================== loss
+def info_nce(image: Tensor, text: Tensor, log_scale: Tensor) -> Tensor:
+    """Symmetric InfoNCE over the global batch, CLIP's loss.   image, text: unit vectors [B, D], pairs in equal rows.
+
+    Every other row is a negative, an equal caption too, as in CLIP. (It does no harm: equal captions have equal
+    embeddings, so that all they add to image → text is the logarithm of how often the caption is in the batch.)
+    """
+    logits = log_scale.exp() * image @ text.T                                                 # [B, B]
+    pairs = torch.arange(len(logits), device=logits.device)
+    return (F.cross_entropy(logits, pairs) + F.cross_entropy(logits.T, pairs)) / 2
+
+
+class Gather(torch.autograd.Function):
+    """[b, D] on each of W ranks → [W·b, D] on all. The loss is then computed whole on every rank.
+
+    Backward keeps the rank's own rows, which is exact, as every rank has the whole loss; times W, as DDP will average.
+    Without the gradient, or with each rank's own negatives only, this would be another loss (and another attack).
+    """
+
+    @staticmethod
+    def forward(ctx, x):
+        everyone = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+        dist.all_gather(everyone, x.contiguous())
+        return torch.cat(everyone)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient.chunk(dist.get_world_size())[dist.get_rank()] * dist.get_world_size()
+
+
+def gather(x: Tensor) -> Tensor:
+    return Gather.apply(x) if dist.is_initialized() and dist.get_world_size() > 1 else x
+
+
+# ========================================================================================================== schedules
+def attack_at(cfg: Config, step: int) -> tuple[float, float, int]:
+    """(ε, α, K) of a step, ε and α in [0, 1] units; K = 0 means clean.
+
+    Our schedule (the authors' is not public). It follows their idea at one resolution: the long part cheap and weak,
+    the short last part at full strength. Starting at full ε a small CLIP does not learn at all.
+    """
+    done = step / cfg.steps
+    ramp = min(max((done - cfg.eps_from) / (cfg.eps_to - cfg.eps_from), 0), 1) if cfg.eps_to > cfg.eps_from \
+        else float(done >= cfg.eps_to)
+    eps, alpha, k = ramp * cfg.eps / 255, ramp * cfg.alpha / 255, cfg.k
+    if done < cfg.k_from and cfg.k > 1:
+        alpha, k = 1.25 * eps, 1  # fast adversarial training, Wong et al. 2020, arXiv 2001.03994
+    return eps, alpha, k if eps > 0 else 0
+
+
+def lr_at(cfg: Config, step: int) -> float:
+    """Linear warm-up, then cosine to 0."""
+    if step < cfg.warmup:
+        return cfg.lr * (step + 1) / cfg.warmup
+    return cfg.lr * 0.5 * (1 + math.cos(math.pi * (step - cfg.warmup) / max(1, cfg.steps - cfg.warmup)))
+
+
+@contextlib.contextmanager
+def frozen(module: nn.Module):
+    """Eval mode, no gradient for parameters: what an attack needs. (A compiled module would otherwise compute the
+    gradients of all weights on every attack step, only to throw them away.) Restores both."""
+    mode, trainable = module.training, [p for p in module.parameters() if p.requires_grad]
+    module.eval()
+    for p in trainable:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        module.train(mode)
+        for p in trainable:
+            p.requires_grad_(True)
+
+
+# ======================================================================================================== the training
+def main(cfg: Config, given: set[str] | None = None) -> None:
+    """Trains. given: the names of the settings that the user chose; default: those that differ from Config's."""
+    rank, world, device = start_processes()
+    state, cfg = open_run(cfg, given, rank)
+    check_config(cfg, world)
+
+    # ------------------------------------------------------------------------------------ data, model, optimizer
+    pairs = data.load_pairs(cfg.data, 'train', cfg.holdout)
+    model, tokenizer = build(cfg, given, pairs, state)
+    model.to(device).train()
+    compile_towers(model, cfg, device)
+    step_model = DDP(model, broadcast_buffers=False) if world > 1 else model
+    optimizer = torch.optim.AdamW([
+        {'params': [p for p in model.parameters() if p.ndim >= 2], 'weight_decay': cfg.wd},
+        {'params': [p for p in model.parameters() if p.ndim < 2], 'weight_decay': 0.}], betas=(0.9, cfg.beta2), fused=True)
+    first_step = 0
+    if state is not None:
+        optimizer.load_state_dict(state['optimizer'])
+        first_step = state['step']
+    run = Run(cfg, model, tokenizer, optimizer, rank)
+    if rank == 0:
+        run.introduce(pairs, world, device, first_step)
+    batches = data.batches(pairs, tokenizer, model.visual.size, model.preprocess_cfg, batch_size=cfg.batch_size,
+                           first_step=first_step, last_step=cfg.steps, seed=cfg.seed, rank=rank, world=world,
+                           workers=cfg.workers)
+    amp = torch.autocast(device.type, torch.bfloat16, enabled=device.type == 'cuda')
+    bar = tqdm(batches, initial=first_step, total=cfg.steps, disable=rank > 0, desc='clip_adv', smoothing=0.05)
+
+    # ------------------------------------------------------------------------------------------ the training loop
+    for step, (images, tokens) in enumerate(bar, first_step):
+        logging = (step + 1) % cfg.log_every == 0 or step + 1 == cfg.steps
+        clock = Clock(device if logging else None)
+        x = images.to(device, non_blocking=True).float() / 255         # [b, 3, S, S], this rank's part of the batch
+        tokens = tokens.to(device, non_blocking=True)
+        eps, alpha, k = attack_at(cfg, step)
+
+        # 1. Encode the text once, for the attack and the update alike: the perturbation does not touch it.
+        with amp:
+            text = gather(model.encode_text(tokens))                   # [B, D], the whole batch
+        fixed_text, fixed_scale = text.detach(), model.logit_scale.detach()
+
+        def loss_of(images: Tensor) -> Tensor:
+            """The loss of the global batch as a function of this rank's images, all else fixed."""
+            with amp:
+                features = model(images)
+            return info_nce(gather(features), fixed_text, fixed_scale)
+
+        # 2. Attack the images: the maximisation over δ. Every rank perturbs its own, against everybody's negatives.
+        x_adv = x
+        with frozen(model.visual):
+            if k > 0:
+                noise = [data.generator(cfg.seed, 'start', step * cfg.batch_size + rank * len(x) + i) for i in range(len(x))]
+                x_adv = attacks.pgd(loss_of, x, eps, alpha, k, attacks.random_start(x, eps, noise))
+                attacks.check(x, x_adv, eps)
+            attack_ms = clock.lap_ms()
+            with torch.no_grad():
+                loss_clean = loss_of(x).item() if logging else None
+            clock.lap_ms()                                             # measuring the clean loss is not training
+
+        # 3. Update the weights on the adversarial images only: the minimisation over θ.
+        with amp:
+            features = step_model(x_adv)
+        loss = info_nce(gather(features), text, model.logit_scale)
+        loss.backward()
+        grad_norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.clip)
+        if not math.isfinite(loss.item()) or not math.isfinite(grad_norm.item()):  # the same on all ranks
+            run.fail(step, loss.item(), grad_norm.item())
+        for group in optimizer.param_groups:
+            group['lr'] = lr_at(cfg, step)
+        optimizer.step()
+        optimizer.zero_grad()
+        with torch.no_grad():
+            model.logit_scale.clamp_(max=math.log(100))
+        train_ms = clock.lap_ms()
+
+        # 4. Log, save, and stop when asked to, all ranks at the same step.
+        if logging:
+            run.log(step + 1, bar, loss_adv=loss.item(), loss_clean=loss_clean, eps=eps * 255, alpha=alpha * 255, k=k,
+                    lr=lr_at(cfg, step), grad_norm=grad_norm.item(), logit_scale=model.logit_scale.exp().item(),
+                    attack_ms=attack_ms, train_ms=train_ms)
+        stop = run.signal_received(device)
+        if stop or (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps:
+            run.save(step + 1)
+        if stop:
+            bar.close()
+            run.leave(step + 1, stop, world)
+    bar.close()
+    run.finish()
+
+
+# ====================================================================================================================
+# Below: formats and plumbing. Nothing of the method is hidden here.
+# ====================================================================================================================
+
+# ------------------------------------------------------------------------------------- model configuration (open_clip's)
+VISION = dict(image_size=224, patch_size=16, width=768, layers=12, head_width=64, mlp_ratio=4.0, no_ln_pre=False,
+              pool_type='tok', final_ln_after_pool=False, act_kwargs=None, norm_kwargs=None)
+TEXT = dict(context_length=77, vocab_size=49408, width=512, heads=8, layers=12, mlp_ratio=4.0, no_causal_mask=False,
+            pool_type='argmax', eos_id=2, act_kwargs=None, norm_kwargs=None,
+            hf_tokenizer_name=None, tokenizer_mode=None, tokenizer_kwargs=None)  # these three: which tokenizer, not which tower
+PREPROCESS = dict(size=None, mode='RGB', mean=[0.48145466, 0.4578275, 0.40821073], std=[0.26862954, 0.26130258, 0.27577711],
+                  interpolation='bicubic', resize_mode='shortest', fill_color=0)
+OUR_PREPROCESS = dict(mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225], interpolation='bilinear',
+                      resize_mode='shortest')  # ΔCLIP's: ImageNet's mean and std
+
+
+def complete(model_cfg: dict, preprocess_cfg: dict) -> tuple[dict, dict]:
+    """open_clip's configuration with its defaults filled in. A key or a value that we would not obey is an error."""
+    def fill(given: dict, defaults: dict, where: str) -> dict:
+        if unknown := sorted(set(given) - set(defaults)):
+            raise SystemExit(f'error: {where}: unknown key {", ".join(unknown)}; supported: {", ".join(defaults)}')
+        return {**defaults, **given}
+    cfg = fill(model_cfg, dict(embed_dim=512, vision_cfg={}, text_cfg={}, quick_gelu=False), 'model_cfg')
+    cfg['vision_cfg'] = fill(cfg['vision_cfg'], VISION, 'vision_cfg')
+    cfg['text_cfg'] = fill(cfg['text_cfg'], TEXT, 'text_cfg')
+    preprocess = fill(preprocess_cfg, PREPROCESS, 'preprocess_cfg')
+    v, t = cfg['vision_cfg'], cfg['text_cfg']
+    for value, allowed, where in [
+            (v['pool_type'], ('tok', 'avg'), 'vision_cfg.pool_type'),
+            (t['pool_type'], ('argmax', 'eos', 'last', 'first'), 'text_cfg.pool_type'),
+            (preprocess['interpolation'], ('bilinear', 'bicubic'), 'preprocess_cfg.interpolation'),
+            (preprocess['resize_mode'], ('shortest', 'squash', 'longest'), 'preprocess_cfg.resize_mode'),
+            (preprocess['mode'], ('RGB',), 'preprocess_cfg.mode'), (preprocess['fill_color'], (0,), 'preprocess_cfg.fill_color')]:
+        if value not in allowed:
+            raise SystemExit(f'error: {where} is {value!r}; supported: {", ".join(map(str, allowed))}')
+    for value, divisor, what in [(v['image_size'], v['patch_size'], 'image size (--size) must be divisible by the patch (--patch)'),
+                                 (v['width'], v['head_width'], 'width (--width) must be divisible by the head width (--head_width)'),
+                                 (t['width'], t['heads'], 'text width (--text_width) must be divisible by the heads (--text_heads)')]:
+        if value % divisor:
+            raise SystemExit(f'error: the {what}: {value} / {divisor}')
+    return cfg, preprocess
+
+
+def build(cfg: Config, given: set[str] | None, pairs: data.Pairs, state: dict | None) -> tuple[CLIP, data.Tokenizer]:
+    """The model and its tokenizer: of the checkpoint being resumed, of --init, of --arch, or of the flags."""
+    if state is not None:
+        model = CLIP(state['model_cfg'], state['preprocess_cfg'])
+        load_weights(model, state['model'], f'{cfg.out}/train_state.pt')
+        text_cfg = state['model_cfg']['text_cfg']
+        return model, data.tokenizer_from_text(state['tokenizer'], text_cfg['context_length'], text_cfg.get('tokenizer_mode'))
+    if cfg.init:
+        model, tokenizer = load_clip(cfg.init, size=cfg.size if 'size' in typed(cfg, given) else None)
+        v, t = (complete(model.model_cfg, {})[0][f'{n}_cfg'] for n in ('vision', 'text'))
+        theirs = dict(patch=v['patch_size'], width=v['width'], layers=v['layers'], head_width=v['head_width'],
+                      embed_dim=model.model_cfg['embed_dim'], text_width=t['width'], text_layers=t['layers'],
+                      text_heads=t['heads'], context=t['context_length'])
+        for name, value in theirs.items():
+            if name in typed(cfg, given) and getattr(cfg, name) != value:
+                raise SystemExit(f'error: --init {cfg.init} is of another architecture: its {name} is {value}, '
+                                 f'--{name} says {getattr(cfg, name)}; leave the flag out (only --size may differ)')
+        return model, tokenizer
+    if cfg.tokenizer:
+        tokenizer = data.read_tokenizer(cfg.tokenizer, cfg.context)
+    else:
+        tokenizer = data.train_tokenizer(pairs.captions, cfg.context, cfg.vocab_size)
+    if cfg.arch:
+        model_cfg = read_json(Path(cfg.arch), '--arch')
+        model_cfg = model_cfg.get('model_cfg', model_cfg)
+        model_cfg['vision_cfg']['image_size'] = cfg.size
+        model_cfg['text_cfg'] |= dict(context_length=cfg.context)
+    else:
+        model_cfg = dict(
+            embed_dim=cfg.embed_dim,
+            vision_cfg=dict(image_size=cfg.size, patch_size=cfg.patch, width=cfg.width, layers=cfg.layers,
+                            head_width=cfg.head_width, mlp_ratio=cfg.mlp_ratio),
+            text_cfg=dict(context_length=cfg.context, width=cfg.text_width, heads=cfg.text_heads, layers=cfg.text_layers))
+        if tokenizer.mode == 'clips':  # the last token is always [CLS], and only without a causal mask it is of any use
+            model_cfg['text_cfg'] |= dict(pool_type='last', no_causal_mask=True)
+    # any non-empty name makes open_clip read the tokenizer that lies in the directory
+    model_cfg['text_cfg'] |= dict(vocab_size=tokenizer.vocab_size, hf_tokenizer_name='tokenizer.json')
+    if tokenizer.mode == 'clips':
+        model_cfg['text_cfg'] |= dict(tokenizer_mode='clips')
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(cfg.seed)
+        return CLIP(model_cfg, OUR_PREPROCESS), tokenizer
+
+
+# ------------------------------------------------------------------------------------------------- loading and saving
+def load_clip(path: str | os.PathLike, size: int | None = None) -> tuple[CLIP, data.Tokenizer]:
+    """A run directory (or any open_clip directory of this kind) → (model in eval mode, tokenizer).
+
+    size: interpolates the position embedding to images of this side.
+    """
+    path = Path(path)
+    config = read_json(path / 'open_clip_config.json', f'{path} is no run of clip_adv.py')
+    for part in ('model_cfg', 'preprocess_cfg'):
+        if part not in config:
+            raise SystemExit(f'error: {path}/open_clip_config.json has no "{part}"')
+    try:
+        from safetensors.torch import load_file
+        weights = load_file(path / 'open_clip_model.safetensors')
+    except Exception as e:
+        raise SystemExit(f'error: cannot read {path}/open_clip_model.safetensors: {e}') from None
+    vision = config['model_cfg']['vision_cfg']
+    if size is not None and size != vision['image_size']:
+        vision['image_size'] = size
+        config['preprocess_cfg'].pop('size', None)
+        complete(config['model_cfg'], config['preprocess_cfg'])
+        weights['visual.positional_embedding'] = resize_positions(weights['visual.positional_embedding'],
+                                                                  size // vision['patch_size'])
+    model = CLIP(config['model_cfg'], config['preprocess_cfg'])
+    load_weights(model, weights, f'{path}/open_clip_model.safetensors')
+    text = config['model_cfg']['text_cfg']
+    tokenizer = data.read_tokenizer(path / 'tokenizer.json', text['context_length'], text.get('tokenizer_mode') or 'eot')
+    return model.eval(), tokenizer
+
+
+def load_weights(model: nn.Module, weights: dict[str, Tensor], where: str) -> None:
+    """Strict: a weight that is missing, surplus or of another shape is an error that lists names and shapes."""
+    ours = {name: tuple(w.shape) for name, w in model.state_dict().items()}
+    theirs = {name: tuple(w.shape) for name, w in weights.items()}
+    wrong = [f'{n}: missing, {s} expected' for n, s in ours.items() if n not in theirs]
+    wrong += [f'{n}: surplus, {s}' for n, s in theirs.items() if n not in ours]
+    wrong += [f'{n}: {theirs[n]}, {s} expected' for n, s in ours.items() if n in theirs and theirs[n] != s]
+    if wrong:
+        raise SystemExit(f'error: {where} is of another architecture:\n  ' + '\n  '.join(wrong))
+    model.load_state_dict(weights)
+
+
+def resize_positions(positions: Tensor, grid: int) -> Tensor:
+    """[1 + n², W] → [1 + grid², W], bicubic with antialiasing, as open_clip does. The class token keeps its own."""
+    old = math.isqrt(len(positions) - 1)
+    image = positions[1:].float().T.reshape(1, -1, old, old)
+    image = F.interpolate(image, (grid, grid), mode='bicubic', antialias=True, align_corners=False)
+    return torch.cat([positions[:1], image[0].flatten(1).T.to(positions.dtype)])
+
+
+def export(model: CLIP, tokenizer: data.Tokenizer, out: Path) -> None:
+    """Writes what open_clip (`local-dir:RUN`) and load_clip read."""
+    from safetensors.torch import save_file
+    weights = {name: w.detach().cpu().contiguous() for name, w in model.state_dict().items()}
+    config = {'model_cfg': model.model_cfg,
+              'preprocess_cfg': {**model.preprocess_cfg, 'size': [model.visual.size] * 2}}
+    files = {'open_clip_config.json': json.dumps(config, indent=2), **tokenizer.files()}
+    for name, text in files.items():
+        write(out / name, lambda file: file.write_text(text, encoding='utf-8'))
+    write(out / 'open_clip_model.safetensors', lambda file: save_file(weights, file, metadata={'format': 'pt'}))
+
+
+def write(path: Path, writer, keep_previous: bool = False) -> None:
+    """Writes beside, fsyncs, renames: a file is the old one or the new one, never half of one. Disk full: says so."""
+    beside = path.with_name(path.name + '.tmp')
+    try:
+        writer(beside)
+        with open(beside, 'rb') as file:
+            os.fsync(file.fileno())
+        if keep_previous and path.exists():
+            os.replace(path, path.with_name('previous_' + path.name))
+        os.replace(beside, path)
+    except Exception as e:  # torch.save and safetensors raise their own kinds for a full disk
+        beside.unlink(missing_ok=True)
+        raise SystemExit(f'error: cannot write {path}: {e}. What was saved before is intact; '
+                         f'free some space and run again with --resume') from None
+
+
+def read_json(path: Path, what: str) -> dict:
+    try:
+        return json.loads(path.read_text(encoding='utf-8'))
+    except (OSError, ValueError) as e:
+        raise SystemExit(f'error: {what}: cannot read {path}: {e}') from None
+
+
+# ------------------------------------------------------------------------------------- command line and configuration
+def parse(config_class, doc: str, argv: list[str] | None = None) -> tuple[object, set[str]]:
+    """Command line → (config, names of the flags that were given). The help texts are the comments in the dataclass."""
+    import inspect
+    comments = {line.split(':')[0].strip(): line.split('#')[1].strip()
+                for line in inspect.getsource(config_class).splitlines() if '#' in line and ':' in line.split('#')[0]}
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    hints = typing.get_type_hints(config_class)
+    for field in dataclasses.fields(config_class):
+        kind = next((t for t in typing.get_args(hints[field.name]) if t is not type(None)), hints[field.name])
+        how = {'action': argparse.BooleanOptionalAction} if kind is bool else {'type': kind, 'metavar': kind.__name__}
+        default = '' if field.default in (None, '', False) else f' (default: {field.default})'
+        parser.add_argument('--' + field.name, help=(comments[field.name] + default).replace('%', '%%'), **how)
+    flags = vars(parser.parse_args(argv))
+    return config_class(**flags), set(flags)
+
+
+def typed(cfg, given: set[str] | None) -> set[str]:
+    return given if given is not None else {f.name for f in dataclasses.fields(cfg) if getattr(cfg, f.name) != f.default}
+
+
+def check_config(cfg: Config, world: int) -> None:
+    """Fills in α; refuses what cannot be meant, with what, value, limit and flag."""
+    if cfg.alpha is None:
+        cfg.alpha = 0.75 * cfg.eps
+    for wrong, message in [
+            (not 0 <= cfg.eps <= 255, f'--eps {cfg.eps:g}: must be in 0 … 255 (it is in 1/255)'),
+            (0 < cfg.eps < 0.25, f'--eps {cfg.eps:g}: it is in 1/255; did you mean {cfg.eps * 255:.3g}?'),
+            (cfg.eps > 0 and not 0 < cfg.alpha <= 2 * cfg.eps,
+             f'--alpha {cfg.alpha:g}: must be in 0 … 2ε = {2 * cfg.eps:g} (in 1/255): a longer step crosses the whole ball'),
+            (cfg.k < 1, f'--k {cfg.k}: must be at least 1; train without an attack with --eps 0'),
+            (not 0 <= cfg.eps_from <= cfg.eps_to <= 1, f'--eps_from {cfg.eps_from:g} --eps_to {cfg.eps_to:g}: must be '
+                                                       f'fractions of the run, 0 ≤ from ≤ to ≤ 1'),
+            (not 0 <= cfg.k_from <= 1, f'--k_from {cfg.k_from:g}: must be a fraction of the run, 0 … 1'),
+            (cfg.batch_size < 2, f'--batch_size {cfg.batch_size}: a contrastive loss needs at least 2 pairs'),
+            (cfg.batch_size % world, f'--batch_size {cfg.batch_size}: must be divisible by the {world} processes (it is global)'),
+            (cfg.steps < 1, f'--steps {cfg.steps}: must be at least 1'),
+            (cfg.lr <= 0, f'--lr {cfg.lr:g}: must be positive'), (cfg.clip <= 0, f'--clip {cfg.clip:g}: must be positive'),
+            (cfg.log_every < 1, f'--log_every {cfg.log_every}: must be at least 1'),
+            (cfg.save_every < 1, f'--save_every {cfg.save_every}: must be at least 1'),
+            (min(cfg.size, cfg.patch, cfg.width, cfg.layers, cfg.head_width, cfg.embed_dim, cfg.text_width, cfg.text_layers,
+                 cfg.text_heads) < 1, 'the sizes of the model must be positive')]:
+        if wrong:
+            raise SystemExit('error: ' + message)
+
+
+# ----------------------------------------------------------------------------------------------------------- processes
+def start_processes() -> tuple[int, int, torch.device]:
+    """(rank, world size, device), from torchrun's environment if there is one. gloo on CPUs, NCCL on GPUs."""
+    keep_freed_memory()
+    if 'RANK' not in os.environ:
+        return 0, 1, torch.device('cuda' if torch.cuda.is_available() else 'cpu')
+    device = torch.device('cpu')
+    if torch.cuda.is_available():
+        device = torch.device('cuda', int(os.environ['LOCAL_RANK']))
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo')
+    return dist.get_rank(), dist.get_world_size(), device
+
+
+def keep_freed_memory() -> None:
+    """Tells glibc to reuse freed tensors instead of handing them back to the kernel after each operation and asking for
+    zeroed pages again; worth X % of a CPU step. No effect elsewhere."""
+    import ctypes
+    if platform.system() == 'Linux' and platform.libc_ver()[0] == 'glibc':
+        libc, M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = ctypes.CDLL(None), -1, -3
+        libc.mallopt(M_MMAP_THRESHOLD, 1 << 30)
+        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def compile_towers(model: CLIP, cfg: Config, device: torch.device) -> None:
+    """In place, before DDP: parameter names stay as they are, and whoever calls a tower enters the compiled one."""
+    if not (device.type == 'cuda' if cfg.compile is None else cfg.compile):
+        return
+    compiler = os.environ.get('CXX', 'g++')
+    if device.type == 'cpu' and not shutil.which(compiler):
+        raise SystemExit(f'error: --compile on a CPU needs a C++ compiler and there is no {compiler}: install one '
+                         f'(Debian: apt-get install g++), name it in CXX, or use --no-compile')
+    model.visual.compile()
+    model.transformer.compile()
+
+
+class Clock:
+    """Milliseconds since the last lap. Waits for a GPU, so it runs on logged steps only (device None: it does not)."""
+
+    def __init__(self, device: torch.device | None):
+        self.device = device
+        self.lap_ms()
+
+    def lap_ms(self) -> float | None:
+        if self.device is None:
+            return None
+        if self.device.type == 'cuda':
+            torch.cuda.synchronize(self.device)
+        now = time.perf_counter()
+        elapsed, self.last = 1000 * (now - getattr(self, 'last', now)), now
+        return elapsed
+
+
+# ------------------------------------------------------------------------------------------------------- run directory
+FREE_ON_RESUME = {'out', 'resume', 'overwrite', 'workers', 'compile', 'log_every', 'save_every'}  # change no result
+
+
+def open_run(cfg, given: set[str] | None, rank: int) -> tuple[dict | None, object]:
+    """Claims --out: (the state to resume or None, the configuration that holds)."""
+    out, state = Path(cfg.out), None
+    saved = [out / 'train_state.pt', out / 'previous_train_state.pt']
+    resume = cfg.resume or int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)) > 0
+    if resume and cfg.overwrite and not int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)):
+        raise SystemExit('error: --resume and --overwrite exclude each other')
+    exists = any(f.exists() for f in saved) or (out / 'train_config.json').exists()
+    if resume:
+        state = load_state(saved)
+        if state is not None:
+            old = state['config']
+            for name in sorted(typed(cfg, given) - FREE_ON_RESUME):
+                if getattr(cfg, name) != old[name]:
+                    raise SystemExit(f'error: --{name} {getattr(cfg, name)}: the run in {out} has {old[name]}; leave the flag '
+                                     f'out to continue it, or give another --out')
+            cfg = dataclasses.replace(cfg, **{n: v for n, v in old.items() if n not in FREE_ON_RESUME})
+    elif exists and not cfg.overwrite:
+        raise SystemExit(f'error: --out {out} holds a run: continue it with --resume, replace it with --overwrite, '
+                         f'or give another --out')
+    if dist.is_initialized():
+        dist.barrier()  # nobody may see what rank 0 is about to change
+    if rank == 0 and state is None:
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+        except OSError as e:
+            raise SystemExit(f'error: --out {out}: {e}') from None
+        for file in [*saved, out / 'log.jsonl', out / 'open_clip_model.safetensors']:
+            file.unlink(missing_ok=True)
+    return state, cfg
+
+
+def load_state(files: list[Path]) -> dict | None:
+    """The newest of the files that can be read; None if there is none at all. Never unpickles anything but tensors."""
+    broken = []
+    for file in files:
+        if file.exists():
+            try:
+                state = torch.load(file, map_location='cpu', weights_only=True)
+                if broken and int(os.environ.get('RANK', 0)) == 0:
+                    print(f'warning: {broken[0]}; going on from the one before, {file}', file=sys.stderr)
+                return state
+            except Exception as e:
+                broken.append(f'cannot read {file} ({type(e).__name__}: {str(e).splitlines()[0]})')
+    if broken:
+        raise SystemExit(f'error: {"; ".join(broken)}. Start again with --overwrite')
+    return None
+
+
+class Run:
+    """What happens around a step: first output, log lines, checkpoints, signals."""
+
+    def __init__(self, cfg: Config, model: CLIP, tokenizer: data.Tokenizer, optimizer, rank: int):
+        self.cfg, self.model, self.tokenizer, self.optimizer, self.rank = cfg, model, tokenizer, optimizer, rank
+        self.out, self.saved_step, self.started, self.signal = Path(cfg.out), 0, time.time(), 0
+        self.last_log = (time.time(), None)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.on_signal)
+
+    def introduce(self, pairs: data.Pairs, world: int, device: torch.device, first_step: int) -> None:
+        """The first output; and the files of the run, rewritten as they belong to the step that is resumed."""
+        cfg = self.cfg
+        settings = {**dataclasses.asdict(cfg), 'resume': False, 'overwrite': False}
+        about = {'config': settings, 'commit': commit(), 'versions': versions(), 'processes': world}
+        write(self.out / 'train_config.json', lambda f: f.write_text(json.dumps(about, indent=2), encoding='utf-8'))
+        log = self.out / 'log.jsonl'
+        lines = log.read_text().splitlines() if log.exists() and first_step else []
+        kept = [line for line in lines if line.endswith('}') and json.loads(line)['step'] <= first_step]
+        write(log, lambda f: f.write_text(''.join(line + '\n' for line in kept)))
+        self.saved_step = first_step
+        if first_step:
+            export(self.model, self.tokenizer, self.out)
+        n = sum(p.numel() for p in self.model.parameters())
+        attack = (f'ε {cfg.eps:g}/255, α {cfg.alpha:g}/255 × {cfg.k} steps; {cfg.k + 1} forward-backward passes per update at '
+                  f'full strength' if cfg.eps else 'ε 0: no attack; 1 forward-backward pass per update')
+        print(f'{settings}\ncommit {about["commit"]}, {about["versions"]}, {device}\n{pairs.note}')
+        if cut := self.tokenizer.too_long(pairs.captions):
+            print(f'warning: {cut} of {len(pairs)} captions are cut at {self.tokenizer.context} tokens; see --context')
+        print(f'CLIP with {n / 1e6:.2f} M parameters at {self.model.visual.size} px, {self.tokenizer.vocab_size} token ids\n'
+              f'global batch {cfg.batch_size} = {world} process{"es" * (world > 1)} × {cfg.batch_size // world}; {attack}; '
+              f'{cfg.steps} updates = {cfg.steps * cfg.batch_size / len(pairs):.1f} epochs of {len(pairs)} pairs'
+              + (f'; continuing after update {first_step}' if first_step else ''), flush=True)
+
+    def log(self, step: int, bar: tqdm, **row) -> None:
+        """One line in log.jsonl; see README for what the quantities mean."""
+        if self.rank > 0:
+            return
+        now, (before, step_before) = time.time(), self.last_log
+        self.last_log = (now, step)
+        seen = (step - (step_before or self.saved_step)) * self.cfg.batch_size
+        peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else peak_rss()
+        row = {'step': step, **row, 'images_per_s': seen / (now - before), 'peak_memory_mb': peak / 2**20}
+        with open(self.out / 'log.jsonl', 'a') as file:
+            file.write(json.dumps({k: float(f'{v:.6g}') if isinstance(v, float) else v for k, v in row.items()}) + '\n')
+        bar.set_postfix_str(f'ε {row["eps"]:.1f} loss adv {row["loss_adv"]:.3f} clean {row["loss_clean"]:.3f} '
+                            f'{row["images_per_s"]:.0f} img/s', refresh=False)
+
+    def save(self, step: int) -> None:
+        """train_state.pt first, since all else can be derived from it."""
+        if self.rank == 0:
+            state = {'step': step, 'config': dataclasses.asdict(self.cfg), 'model': self.model.state_dict(),
+                     'optimizer': self.optimizer.state_dict(), 'model_cfg': self.model.model_cfg,
+                     'preprocess_cfg': self.model.preprocess_cfg, 'tokenizer': self.tokenizer.backend.to_str()}
+            write(self.out / 'train_state.pt', lambda file: torch.save(state, file), keep_previous=True)
+            export(self.model, self.tokenizer, self.out)
+        self.saved_step = step
+
+    def on_signal(self, number, frame) -> None:
+        self.signal = number
+        signal.signal(number, signal.SIG_DFL)  # a second one ends the process at once
+
+    def signal_received(self, device: torch.device) -> int:
+        """The signal that any of the ranks got, or 0."""
+        if not dist.is_initialized() or dist.get_world_size() == 1:
+            return self.signal
+        received = torch.tensor(self.signal, device=device)
+        dist.all_reduce(received, dist.ReduceOp.MAX)
+        return int(received)
+
+    def leave(self, step: int, number: int, world: int) -> None:
+        if self.rank == 0:
+            launcher = f'torchrun --nproc_per_node {world} ' if dist.is_initialized() else 'python '
+            print(f'{signal.Signals(number).name}: saved after update {step} of {self.cfg.steps}. Continue with\n'
+                  f'  {launcher}{shlex.quote(sys.argv[0])} --out {shlex.quote(str(self.out))} --resume', flush=True)
+        if dist.is_initialized():
+            dist.barrier()
+            dist.destroy_process_group()
+        sys.exit(128 + number)
+
+    def fail(self, step: int, loss: float, grad_norm: float) -> None:
+        kept = f'the checkpoint after update {self.saved_step} is kept' if self.saved_step else 'no checkpoint was saved yet'
+        raise SystemExit(f'error: update {step + 1}: the loss is {loss:g} and the gradient norm {grad_norm:g}; stopped, {kept}. '
+                         f'Try a lower --lr or a longer --warmup')
+
+    def finish(self) -> None:
+        if self.rank == 0:
+            seconds = time.time() - self.started
+            print(f'done: {self.cfg.steps} updates, {seconds / 60:.1f} minutes; {self.out} opens in open_clip as '
+                  f'local-dir:{self.out}; measure it with: python eval.py zeroshot {self.out}')
+        if dist.is_initialized():
+            dist.barrier()
+            dist.destroy_process_group()
+
+
+def peak_rss() -> int:
+    """Bytes of memory that this process had at most."""
+    import resource
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if platform.system() == 'Darwin' else 1024)
+
+
+def commit() -> str:
+    """Short hash of this code's commit, with '-dirty' where the code differs from it."""
+    try:
+        return subprocess.run(['git', 'describe', '--always', '--dirty', '--exclude', '*'], cwd=Path(__file__).parent,
+                              capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return 'unknown'
+
+
+def versions() -> dict[str, str]:
+    import numpy
+    import torchvision
+    return {'python': platform.python_version(), 'torch': torch.__version__, 'torchvision': torchvision.__version__,
+            'numpy': numpy.__version__}
+
+
+if __name__ == '__main__':
+    main(*parse(Config, __doc__))

@@ -1,0 +1,372 @@
+"""Data: image-text pairs, their pixels in [0, 1], their order, their tokens.
+
+    pairs  = load_pairs('easyvqa', 'train')             # or a folder with metadata.jsonl
+    loader = batches(pairs, tokenizer, size, ...)       # uint8 images [b, 3, S, S] and token ids [b, L]
+
+`python data.py` prints what the easy-VQA captions are derived from. Everything random here is a function of
+(seed, number of the sample in the stream), never of a rank, a worker or a batch size.
+"""
+import functools
+import hashlib
+import json
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image, UnidentifiedImageError
+from tokenizers import Tokenizer as HFTokenizer
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
+from torchvision.transforms.v2 import functional as TF
+
+COLOURS = ('black', 'blue', 'brown', 'gray', 'green', 'red', 'teal', 'yellow')
+SHAPES = ('circle', 'rectangle', 'triangle')
+
+
+def generator(seed: int, purpose: str, number: int) -> torch.Generator:
+    """A CPU generator that depends on its three arguments and on nothing else; the global one is never touched."""
+    digest = hashlib.blake2b(f'{seed}/{purpose}/{number}'.encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, 'little') >> 1)
+
+
+# ------------------------------------------------------------------------------------------------ image-text pairs
+@dataclass
+class Pairs:
+    """n images and their captions. `augment` names the distortion that suits them ('shapes', 'crop')."""
+    files: list[Path]
+    captions: list[str]
+    augment: str
+    note: str  # one line for the user: where the captions come from and how many there are
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def keep(self, rows: list[int], note: str) -> 'Pairs':
+        return Pairs([self.files[i] for i in rows], [self.captions[i] for i in rows], self.augment, self.note + note)
+
+
+def load_pairs(data: str, split: str = 'train', holdout: str = '') -> Pairs:
+    """data: 'easyvqa' or a folder.  split: train, val or test.  holdout: 'red circle,blue triangle', captions left out."""
+    if split not in ('train', 'val', 'test'):
+        raise SystemExit(f'error: --split {split}: must be train, val or test')
+    pairs = easyvqa(split) if data == 'easyvqa' else folder(Path(data), split)
+    if held := held_out(holdout):
+        known = {pair_name(c) for c in pairs.captions}
+        if missing := [h for h in held if h not in known]:
+            raise SystemExit(f'error: --holdout {", ".join(missing)}: no caption of --data {data} says so; '
+                             f'captions look like "{pairs.captions[0]}"')
+        rows = [i for i, c in enumerate(pairs.captions) if pair_name(c) not in held]
+        pairs = pairs.keep(rows, f'; {len(pairs) - len(rows)} images of {len(held)} held-out captions left out')
+    if not len(pairs):
+        raise SystemExit(f'error: --data {data}: no image is left for --split {split}')
+    return pairs
+
+
+def held_out(holdout: str) -> list[str]:
+    """'red circle, a blue triangle' → ['red circle', 'blue triangle']"""
+    return [pair_name(h) for h in holdout.split(',') if h.strip()]
+
+
+def pair_name(caption: str) -> str:
+    """'a red circle' → 'red circle'"""
+    return re.sub(r'^(a|an|the) ', '', ' '.join(caption.lower().split()))
+
+
+def easyvqa(split: str) -> Pairs:
+    """easy-VQA (`pip install easy-vqa`, MIT): images with one coloured shape; the captions follow from its questions.
+
+    val is a tenth of the captioned training images and never trained on, whatever --seed a run has.
+    """
+    facts, n_images = easyvqa_facts('test' if split == 'test' else 'train')
+    rows = sorted(facts)
+    if split != 'test':
+        order = torch.randperm(len(rows), generator=generator(0, 'easyvqa val', 0)).tolist()
+        chosen = order[:len(rows) // 10] if split == 'val' else order[len(rows) // 10:]
+        rows = [rows[i] for i in sorted(chosen)]
+    root = easyvqa_root() / ('test' if split == 'test' else 'train') / 'images'
+    return Pairs([root / f'{i}.png' for i in rows], [f'a {facts[i][0]} {facts[i][1]}' for i in rows], 'shapes',
+                 f'easyvqa: {len(facts)} of {n_images} images have a caption that follows from the questions; '
+                 f'{len(rows)} of them are --split {split}')
+
+
+def easyvqa_root() -> Path:
+    try:
+        import easy_vqa
+    except ImportError:
+        raise SystemExit('error: --data easyvqa needs the package easy-vqa: pip install easy-vqa') from None
+    return Path(easy_vqa.__file__).parent / 'data'
+
+
+def easyvqa_facts(split: str) -> tuple[dict[int, tuple[str, str]], int]:
+    """{image id: (colour, shape)} for all images whose questions leave one colour and one shape, and the image count.
+
+    Three ways to know without guessing: a direct answer ("what color is the circle?" "red": red, and a circle);
+    a yes, or the no to a negation ("is there not a circle?" "no"); elimination, when every other value is denied.
+    """
+    import easy_vqa
+    import_root = easyvqa_root()  # clear error when the package is not there
+    questions = easy_vqa.get_train_questions() if split == 'train' else easy_vqa.get_test_questions()
+    possible: dict[int, tuple[set, set]] = {}
+    for question, answer, image in zip(*questions):
+        colours, shapes = possible.setdefault(image, (set(COLOURS), set(SHAPES)))
+        words = re.findall('[a-z]+', question.lower())
+        named = [w for w in words if w in COLOURS or w in SHAPES]
+        if answer in ('yes', 'no'):
+            holds = (answer == 'yes') != ('not' in words or 'no' in words)
+        else:  # the answer is a fact, and so is what the question takes for granted
+            named, holds = named + [answer], True
+        for value in named:
+            for values in (colours, shapes):
+                if value in values and holds:
+                    values.intersection_update({value})
+                elif not holds:
+                    values.discard(value)
+    if broken := [i for i, (c, s) in possible.items() if not c or not s]:
+        raise ValueError(f'easy-VQA ({import_root}): the questions on image {broken[0]} contradict each other')
+    facts = {i: (*c, *s) for i, (c, s) in possible.items() if len(c) == len(s) == 1}
+    return facts, len(possible)
+
+
+def folder(path: Path, split: str) -> Pairs:
+    """A folder with metadata.jsonl: one {"file_name": …, "text": …} a line (Hugging Face's imagefolder convention).
+
+    With subfolders train/, val/, test/, each has its own metadata.jsonl; without them, all of it is for training.
+    """
+    root = path / split if (path / split).is_dir() or split != 'train' else path
+    table = root / 'metadata.jsonl'
+    if not path.is_dir():
+        raise SystemExit(f'error: --data {path}: no such folder (and not the name "easyvqa")')
+    try:
+        lines = table.read_text(encoding='utf-8').splitlines()
+    except OSError as e:
+        raise SystemExit(f'error: --data {path}, split {split}: cannot read {table}: {e.strerror}; expected one '
+                         f'{{"file_name": …, "text": …}} a line') from None
+    files, captions = [], []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            file, caption = root / row['file_name'], row['text'].strip()
+        except (ValueError, KeyError, TypeError, AttributeError) as e:
+            raise SystemExit(f'error: {table}, line {number}: {type(e).__name__}: {e}; '
+                             f'expected {{"file_name": …, "text": …}}') from None
+        if not caption or not file.is_file():
+            raise SystemExit(f'error: {table}, line {number}: ' + ('the text is empty' if not caption else f'no file {file}'))
+        files.append(file)
+        captions.append(caption)
+    return Pairs(files, captions, 'crop', f'{table}: {len(files)} pairs')
+
+
+# ---------------------------------------------------------------------------------------------------------- pixels
+def read_image(file: Path) -> Image.Image:
+    """Decodes to RGB: alpha on white, 16-bit scaled to 8, palette and CMYK converted. Names the file if it cannot."""
+    try:
+        with Image.open(file) as image:
+            image.load()
+            return to_rgb(image)
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
+        raise ValueError(f'cannot decode the image {file}: {e}') from None
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith('I') or image.mode == 'F':  # 16 bits; PIL's own conversion would clip at 255
+        values = torch.tensor(list(image.getdata()), dtype=torch.float32).reshape(image.height, image.width)
+        top = 65535 if image.mode.startswith('I') else 1
+        return Image.fromarray((values / top * 255).round().clamp(0, 255).byte().numpy()).convert('RGB')
+    if 'A' in image.getbands() or 'transparency' in image.info:
+        image = image.convert('RGBA')
+        return Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image).convert('RGB')
+    return image.convert('RGB')
+
+
+def fit(image: Image.Image, size: int, interpolation: str = 'bilinear', resize_mode: str = 'shortest') -> torch.Tensor:
+    """RGB image → uint8 [3, size, size], as open_clip's preprocess_cfg has it: resize_mode 'shortest' (resize the short
+    side, centre crop), 'squash' (ignore the aspect ratio) or 'longest' (resize the long side, pad with black)."""
+    mode = {'bilinear': TF.InterpolationMode.BILINEAR, 'bicubic': TF.InterpolationMode.BICUBIC}[interpolation]
+    w, h = image.size
+    if resize_mode == 'squash':
+        image = TF.resize(image, [size, size], mode)
+    elif resize_mode == 'shortest':
+        image = TF.center_crop(TF.resize(image, [size], mode), [size, size])
+    elif resize_mode == 'longest':
+        scale = size / max(h, w)
+        image = TF.center_crop(TF.resize(image, [round(h * scale), round(w * scale)], mode), [size, size])
+    else:
+        raise ValueError(f'preprocess_cfg: resize_mode {resize_mode!r}: must be shortest, squash or longest')
+    return TF.pil_to_tensor(image)
+
+
+def shift_and_flip(image: torch.Tensor, g: torch.Generator) -> torch.Tensor:
+    """For easy-VQA: mirror, and move by up to a sixteenth of the side. Triangles stand upright, so no vertical flip."""
+    reach = image.shape[-1] // 16
+    flip, dy, dx = (torch.rand(3, generator=g) * torch.tensor([2, 2 * reach + 1, 2 * reach + 1])).int().tolist()
+    padded = TF.pad(image.flip(-1) if flip else image, [reach] * 4, padding_mode='edge')
+    return padded[:, dy:dy + image.shape[1], dx:dx + image.shape[2]]
+
+
+def random_crop(image: Image.Image, g: torch.Generator) -> Image.Image:
+    """For photos, as CLIP is trained: a crop of 90–100 % of the area at a random place. No flip: captions say "left"."""
+    area, y, x = torch.rand(3, generator=g).tolist()
+    side = (0.9 + 0.1 * area) ** 0.5
+    w, h = round(image.width * side), round(image.height * side)
+    return TF.crop(image, int(y * (image.height - h + 1)), int(x * (image.width - w + 1)), h, w)
+
+
+# ------------------------------------------------------------------------------------------------- the training stream
+class PairDataset(torch.utils.data.Dataset):
+    """Item (row, number) → (uint8 [3, S, S], token ids [L]); `number` counts samples since the start of training."""
+
+    def __init__(self, pairs: Pairs, tokenizer, size: int, preprocess: dict, seed: int):
+        self.pairs, self.tokenizer, self.size, self.preprocess, self.seed = pairs, tokenizer, size, preprocess, seed
+        # the shapes are few and small: decode and resize them once
+        self.cache = [self.fit(read_image(f)) for f in pairs.files] if pairs.augment == 'shapes' else None
+        self.tokenize = functools.lru_cache(100_000)(lambda caption: tokenizer([caption])[0])
+
+    def fit(self, image: Image.Image) -> torch.Tensor:
+        return fit(image, self.size, self.preprocess['interpolation'], self.preprocess['resize_mode'])
+
+    def __getitem__(self, item: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+        row, number = item
+        g = generator(self.seed, 'augment', number)
+        if self.cache is not None:
+            image = shift_and_flip(self.cache[row], g)
+        else:
+            image = self.fit(random_crop(read_image(self.pairs.files[row]), g))
+        return image, self.tokenize(self.pairs.captions[row])
+
+
+class Order:
+    """Batch sampler: for each step the rank's share of the global batch, as (row, number of the sample).
+
+    The stream is epoch after epoch, each a permutation drawn from (seed, epoch) and used to its last sample; step s
+    takes samples s·B … s·B+B−1, rank r the r-th contiguous part of them. So W ranks see what one process sees.
+    """
+
+    def __init__(self, n: int, batch_size: int, first_step: int, last_step: int, seed: int, rank: int, world: int):
+        self.n, self.batch_size, self.steps, self.seed = n, batch_size, range(first_step, last_step), seed
+        self.share = range(rank * batch_size // world, (rank + 1) * batch_size // world)
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def __iter__(self):
+        @functools.lru_cache(2)  # a batch may straddle two epochs
+        def permutation(epoch: int) -> list[int]:
+            return torch.randperm(self.n, generator=generator(self.seed, 'epoch', epoch)).tolist()
+
+        for step in self.steps:
+            numbers = [step * self.batch_size + position for position in self.share]
+            yield [(permutation(number // self.n)[number % self.n], number) for number in numbers]
+
+
+def batches(pairs: Pairs, tokenizer, size: int, preprocess: dict, *, batch_size: int, first_step: int, last_step: int,
+            seed: int, rank: int = 0, world: int = 1, workers: int = 0):
+    """Iterates (images uint8 [b, 3, size, size], token ids int64 [b, L]) for the steps first_step … last_step − 1.
+
+    batch_size: of all ranks together.  workers: decoding processes; 0 decodes in this one.
+    """
+    return torch.utils.data.DataLoader(
+        PairDataset(pairs, tokenizer, size, preprocess, seed),
+        batch_sampler=Order(len(pairs), batch_size, first_step, last_step, seed, rank, world),
+        num_workers=workers, persistent_workers=workers > 0, pin_memory=torch.cuda.is_available(),
+        generator=torch.Generator())  # else the loader draws its workers' seeds from the global generator
+
+
+# ------------------------------------------------------------------------------------------------------- tokenizers
+class Tokenizer:
+    """Captions → int64 [n, context]. Two layouts:
+
+    'eot'   bos w… eos pad…          OpenAI's CLIP: eos has the highest id, so pooling at argmax finds it
+    'clips' bos w… eos pad… [CLS]    ΔCLIP: BERT's WordPiece, pooled at the last token
+
+    'clips' is open_clip's name for the second (its `tokenizer_mode`), so that open_clip tokenizes the same way.
+    """
+
+    def __init__(self, backend: HFTokenizer, context: int, mode: str = 'eot'):
+        self.backend, self.context, self.mode = backend, context, mode
+        self.backend.no_padding(), self.backend.no_truncation()
+        self.vocab_size = max(backend.get_vocab().values()) + 1
+        if mode == 'clips':
+            self.bos, self.eos, self.pad, self.cls = 1, 2, 0, backend.token_to_id('[CLS]')
+            if self.cls is None or backend.token_to_id('[PAD]') != 0 or context < 4:
+                raise SystemExit(f'error: --tokenizer: a WordPiece vocab.txt needs [PAD] as its first entry and [CLS]; '
+                                 f'--context {context} must be at least 4')
+        else:
+            ids = backend.encode('a').ids
+            pads = [backend.token_to_id(t) for t in ('<pad>', '[PAD]', '<|pad|>')]
+            self.pad = next((p for p in pads if p is not None), 0)
+            if len(ids) < 3 or ids[-1] != self.vocab_size - 1 or context < 3:
+                raise SystemExit(f'error: --tokenizer: the text tower pools at the end-of-text token, so the tokenizer must '
+                                 f'put a start and an end around every text (got ids {ids} for "a"), the end having the '
+                                 f'highest id ({self.vocab_size - 1}); --context {context} must be at least 3')
+            self.bos, self.eos = ids[0], ids[-1]
+
+    def __call__(self, captions: list[str]) -> torch.Tensor:
+        rows = []
+        for caption in captions:
+            words = self.backend.encode(' '.join(caption.split()), add_special_tokens=False).ids
+            words = [self.bos, *words[:self.room], self.eos]
+            row = words + [self.pad] * (self.context - len(words))
+            rows.append(row[:-1] + [self.cls] if self.mode == 'clips' else row)
+        return torch.tensor(rows)
+
+    @property
+    def room(self) -> int:
+        """Tokens of a caption that fit between the special ones."""
+        return self.context - (3 if self.mode == 'clips' else 2)
+
+    def too_long(self, captions: list[str]) -> int:
+        """How many of the captions are cut at the context length."""
+        return sum(len(self.backend.encode(c, add_special_tokens=False).ids) > self.room for c in captions)
+
+    def files(self) -> dict[str, str]:
+        """File name → content, such that transformers' AutoTokenizer (and so open_clip) reads the same tokenizer."""
+        special = {'pad_token': self.pad, 'bos_token': self.bos, 'eos_token': self.eos}
+        if self.mode == 'clips':
+            special['cls_token'] = self.cls
+        config = {'tokenizer_class': 'PreTrainedTokenizerFast', 'model_max_length': self.context,
+                  'clean_up_tokenization_spaces': False, **{k: self.backend.id_to_token(v) for k, v in special.items()}}
+        return {'tokenizer.json': self.backend.to_str(pretty=True), 'tokenizer_config.json': json.dumps(config, indent=2)}
+
+
+def train_tokenizer(captions: list[str], context: int, vocab_size: int) -> Tokenizer:
+    """A byte-level BPE of at most vocab_size entries, lower-cased; <pad> is 0 and the end-of-text token the highest id."""
+    bpe = HFTokenizer(models.BPE())
+    bpe.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    bpe.decoder = decoders.ByteLevel()
+    bpe.train_from_iterator(captions, trainers.BpeTrainer(
+        vocab_size=vocab_size - 1, special_tokens=['<pad>', '<|startoftext|>'], show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    bpe.add_special_tokens(['<|endoftext|>'])
+    bpe.post_processor = processors.TemplateProcessing(
+        single='<|startoftext|> $A <|endoftext|>',
+        special_tokens=[(t, bpe.token_to_id(t)) for t in ('<|startoftext|>', '<|endoftext|>')])
+    return Tokenizer(bpe, context)
+
+
+def read_tokenizer(file: str | os.PathLike, context: int, mode: str = 'eot') -> Tokenizer:
+    """tokenizer.json, or a WordPiece vocab.txt (one entry a line, as BERT and ΔCLIP use; mode 'clips')."""
+    try:
+        if str(file).endswith('.txt'):
+            vocab = {word: i for i, word in enumerate(Path(file).read_text(encoding='utf-8').splitlines())}
+            wordpiece = HFTokenizer(models.WordPiece(vocab, unk_token='[UNK]'))
+            wordpiece.normalizer = normalizers.BertNormalizer(lowercase=True)
+            wordpiece.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+            wordpiece.decoder = decoders.WordPiece()
+            return Tokenizer(wordpiece, context, 'clips')
+        return Tokenizer(HFTokenizer.from_file(str(file)), context, mode)
+    except Exception as e:  # tokenizers raises bare Exception for everything, a missing file included
+        raise SystemExit(f'error: --tokenizer {file}: {e}; expected a tokenizer.json or a WordPiece vocab.txt') from None
+
+
+def tokenizer_from_text(text: str, context: int, mode: str | None) -> Tokenizer:
+    """The content of a tokenizer.json → Tokenizer."""
+    return Tokenizer(HFTokenizer.from_str(text), context, mode or 'eot')
+
+
+if __name__ == '__main__':
+    for split in ('train', 'val', 'test'):
+        print(load_pairs('easyvqa', split).note)

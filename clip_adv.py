@@ -22,6 +22,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 import typing
 from dataclasses import dataclass
@@ -445,10 +446,17 @@ def complete(model_cfg: dict, preprocess_cfg: dict) -> tuple[dict, dict]:
     return cfg, preprocess
 
 
+def create(model_cfg: dict, preprocess_cfg: dict, seed: int = 0) -> CLIP:
+    """A CLIP with random weights that depend on the seed alone; the global generator is left as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.random.default_generator.manual_seed(seed)
+        return CLIP(model_cfg, preprocess_cfg)
+
+
 def build(cfg: Config, given: set[str] | None, pairs: data.Pairs, state: dict | None) -> tuple[CLIP, data.Tokenizer]:
     """The model and its tokenizer: of the checkpoint being resumed, of --init, of --arch, or of the flags."""
     if state is not None:
-        model = CLIP(state['model_cfg'], state['preprocess_cfg'])
+        model = create(state['model_cfg'], state['preprocess_cfg'])
         load_weights(model, state['model'], f'{cfg.out}/train_state.pt')
         text_cfg = state['model_cfg']['text_cfg']
         return model, data.tokenizer_from_text(state['tokenizer'], text_cfg['context_length'], text_cfg.get('tokenizer_mode'))
@@ -484,9 +492,7 @@ def build(cfg: Config, given: set[str] | None, pairs: data.Pairs, state: dict | 
     model_cfg['text_cfg'] |= dict(vocab_size=tokenizer.vocab_size, hf_tokenizer_name='tokenizer.json')
     if tokenizer.mode == 'clips':
         model_cfg['text_cfg'] |= dict(tokenizer_mode='clips')
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(cfg.seed)
-        return CLIP(model_cfg, OUR_PREPROCESS), tokenizer
+    return create(model_cfg, OUR_PREPROCESS, cfg.seed), tokenizer
 
 
 # ------------------------------------------------------------------------------------------------- loading and saving
@@ -512,7 +518,7 @@ def load_clip(path: str | os.PathLike, size: int | None = None) -> tuple[CLIP, d
         complete(config['model_cfg'], config['preprocess_cfg'])
         weights['visual.positional_embedding'] = resize_positions(weights['visual.positional_embedding'],
                                                                   size // vision['patch_size'])
-    model = CLIP(config['model_cfg'], config['preprocess_cfg'])
+    model = create(config['model_cfg'], config['preprocess_cfg'])
     load_weights(model, weights, f'{path}/open_clip_model.safetensors')
     text = config['model_cfg']['text_cfg']
     tokenizer = data.read_tokenizer(path / 'tokenizer.json', text['context_length'], text.get('tokenizer_mode') or 'eot')
@@ -754,7 +760,8 @@ class Run:
         n = sum(p.numel() for p in self.model.parameters())
         attack = (f'ε {cfg.eps:g}/255, α {cfg.alpha:g}/255 × {cfg.k} steps; {cfg.k + 1} forward-backward passes per update at '
                   f'full strength' if cfg.eps else 'ε 0: no attack; 1 forward-backward pass per update')
-        print(f'{settings}\ncommit {about["commit"]}, {about["versions"]}, {device}\n{pairs.note}')
+        print(textwrap.fill(', '.join(f'{name} {value!r}' for name, value in settings.items()), 120))
+        print(f'commit {about["commit"]}, {", ".join(f"{k} {v}" for k, v in about["versions"].items())}, {device}\n{pairs.note}')
         if cut := self.tokenizer.too_long(pairs.captions):
             print(f'warning: {cut} of {len(pairs)} captions are cut at {self.tokenizer.context} tokens; see --context')
         print(f'CLIP with {n / 1e6:.2f} M parameters at {self.model.visual.size} px, {self.tokenizer.vocab_size} token ids\n'

@@ -14,6 +14,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 from tokenizers import Tokenizer as HFTokenizer
@@ -117,11 +118,8 @@ def easyvqa_facts(split: str) -> tuple[dict[int, tuple[str, str]], int]:
         else:  # the answer is a fact, and so is what the question takes for granted
             named, holds = named + [answer], True
         for value in named:
-            for values in (colours, shapes):
-                if value in values and holds:
-                    values.intersection_update({value})
-                elif not holds:
-                    values.discard(value)
+            values = colours if value in COLOURS else shapes
+            values.intersection_update({value}) if holds else values.discard(value)
     if broken := [i for i, (c, s) in possible.items() if not c or not s]:
         raise ValueError(f'easy-VQA ({import_root}): the questions on image {broken[0]} contradict each other')
     facts = {i: (*c, *s) for i, (c, s) in possible.items() if len(c) == len(s) == 1}
@@ -172,9 +170,8 @@ def read_image(file: Path) -> Image.Image:
 
 def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith('I') or image.mode == 'F':  # 16 bits; PIL's own conversion would clip at 255
-        values = torch.tensor(list(image.getdata()), dtype=torch.float32).reshape(image.height, image.width)
-        top = 65535 if image.mode.startswith('I') else 1
-        return Image.fromarray((values / top * 255).round().clamp(0, 255).byte().numpy()).convert('RGB')
+        values = np.asarray(image).astype(np.float32) / (65535 if image.mode.startswith('I') else 1)
+        return Image.fromarray((values * 255).round().clip(0, 255).astype(np.uint8)).convert('RGB')
     if 'A' in image.getbands() or 'transparency' in image.info:
         image = image.convert('RGBA')
         return Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image).convert('RGB')

@@ -1,0 +1,55 @@
+"""Shared by the tests: small configurations, and running the scripts as a user does."""
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+# A model that takes milliseconds, attacked at full strength from the first step.
+TINY = dict(size=16, patch=4, width=32, layers=2, head_width=16, embed_dim=16, text_width=16, text_layers=1, text_heads=2,
+            batch_size=8, steps=6, warmup=2, log_every=2, save_every=2, eps=8., k=2, eps_from=0., eps_to=0., k_from=0.)
+
+
+def flags(**settings) -> list[str]:
+    return [word for name, value in settings.items()
+            for word in ([f'--{name}'] if value is True else [f'--no-{name}'] if value is False else [f'--{name}', str(value)])]
+
+
+def environment(**extra) -> dict:
+    """One thread, so that sums are in one order; no distributed settings of a surrounding run."""
+    clean = {k: v for k, v in os.environ.items() if k not in ('RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'TORCHELASTIC_RESTART_COUNT')}
+    return {**clean, 'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': '', 'PYTHONPATH': str(ROOT), **extra}
+
+
+def torchrun(processes: int, script: Path, *arguments: str) -> list[str]:
+    with socket.socket() as s:  # a free port, so that tests beside each other do not meet
+        s.bind(('127.0.0.1', 0))
+        port = s.getsockname()[1]
+    return [sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node', str(processes), '--master_addr', '127.0.0.1',
+            '--master_port', str(port), str(script), *arguments]
+
+
+def execute(command: list[str], fails: bool = False, **extra) -> str:
+    """Runs a command and returns what it printed; the test fails if the exit code is not as expected."""
+    done = subprocess.run(command, env=environment(**extra), capture_output=True, text=True, timeout=540)
+    assert (done.returncode != 0) == fails, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def global_generator_untouched():
+    """Nothing in this project draws from torch's global generator."""
+    before = torch.get_rng_state()
+    yield
+    assert torch.equal(before, torch.get_rng_state()), 'the global random state was touched'

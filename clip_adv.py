@@ -701,7 +701,8 @@ def open_run(cfg, given: set[str] | None, rank: int) -> tuple[dict | None, objec
                 if getattr(cfg, name) != old[name]:
                     raise SystemExit(f'error: --{name} {getattr(cfg, name)}: the run in {out} has {old[name]}; leave the flag '
                                      f'out to continue it, or give another --out')
-            cfg = dataclasses.replace(cfg, **{n: v for n, v in old.items() if n not in FREE_ON_RESUME})
+            kept = {n: v for n, v in old.items() if n not in typed(cfg, given) and n not in ('out', 'resume', 'overwrite')}
+            cfg = dataclasses.replace(cfg, **kept)
     elif exists and not cfg.overwrite:
         raise SystemExit(f'error: --out {out} holds a run: continue it with --resume, replace it with --overwrite, '
                          f'or give another --out')
@@ -728,7 +729,7 @@ def load_state(files: list[Path]) -> dict | None:
                     print(f'warning: {broken[0]}; going on from the one before, {file}', file=sys.stderr)
                 return state
             except Exception as e:
-                broken.append(f'cannot read {file} ({type(e).__name__}: {str(e).splitlines()[0]})')
+                broken.append(f'cannot read {file} ({type(e).__name__}: {str(e)[:100]!r})')
     if broken:
         raise SystemExit(f'error: {"; ".join(broken)}. Start again with --overwrite')
     return None
@@ -741,14 +742,15 @@ class Run:
         self.cfg, self.model, self.tokenizer, self.optimizer, self.rank = cfg, model, tokenizer, optimizer, rank
         self.out, self.saved_step, self.started, self.signal = Path(cfg.out), 0, time.time(), 0
         self.last_log = (time.time(), None)
+        # what makes the run what it is; not how this process came to it
+        self.settings = {**dataclasses.asdict(cfg), 'resume': False, 'overwrite': False}
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.on_signal)
 
     def introduce(self, pairs: data.Pairs, world: int, device: torch.device, first_step: int) -> None:
         """The first output; and the files of the run, rewritten as they belong to the step that is resumed."""
         cfg = self.cfg
-        settings = {**dataclasses.asdict(cfg), 'resume': False, 'overwrite': False}
-        about = {'config': settings, 'commit': commit(), 'versions': versions(), 'processes': world}
+        about = {'config': self.settings, 'commit': commit(), 'versions': versions(), 'processes': world}
         write(self.out / 'train_config.json', lambda f: f.write_text(json.dumps(about, indent=2), encoding='utf-8'))
         log = self.out / 'log.jsonl'
         lines = log.read_text().splitlines() if log.exists() and first_step else []
@@ -760,7 +762,7 @@ class Run:
         n = sum(p.numel() for p in self.model.parameters())
         attack = (f'ε {cfg.eps:g}/255, α {cfg.alpha:g}/255 × {cfg.k} steps; {cfg.k + 1} forward-backward passes per update at '
                   f'full strength' if cfg.eps else 'ε 0: no attack; 1 forward-backward pass per update')
-        print(textwrap.fill(', '.join(f'{name} {value!r}' for name, value in settings.items()), 120))
+        print(textwrap.fill(', '.join(f'{name} {value!r}' for name, value in self.settings.items()), 120))
         print(f'commit {about["commit"]}, {", ".join(f"{k} {v}" for k, v in about["versions"].items())}, {device}\n{pairs.note}')
         if cut := self.tokenizer.too_long(pairs.captions):
             print(f'warning: {cut} of {len(pairs)} captions are cut at {self.tokenizer.context} tokens; see --context')
@@ -786,7 +788,7 @@ class Run:
     def save(self, step: int) -> None:
         """train_state.pt first, since all else can be derived from it."""
         if self.rank == 0:
-            state = {'step': step, 'config': dataclasses.asdict(self.cfg), 'model': self.model.state_dict(),
+            state = {'step': step, 'config': self.settings, 'model': self.model.state_dict(),
                      'optimizer': self.optimizer.state_dict(), 'model_cfg': self.model.model_cfg,
                      'preprocess_cfg': self.model.preprocess_cfg, 'tokenizer': self.tokenizer.backend.to_str()}
             write(self.out / 'train_state.pt', lambda file: torch.save(state, file), keep_previous=True)

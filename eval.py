@@ -62,19 +62,39 @@ def zeroshot(args: argparse.Namespace) -> None:
                                              eps / 255, args.seed))
                 bar.update(len(part))
         bar.close()
-        results.append({'dir': str(path), 'n': n, 'clean_acc': counts[0.] / n,
+        results.append({'dir': str(path), 'n': n, 'classes': len(classes), 'clean_acc': counts[0.] / n,
                         'adv_acc': {f'{eps:g}': counts[eps] / n for eps in args.eps}})
     attack = f'PGD-{PGD_STEPS}, {RESTARTS} restarts, worst case per image, l∞, ε in 1/255'
     print(f'zero-shot accuracy in %, {len(classes)} classes, {args.data} {args.split}'
           f'{"" if args.subset == "all" else " (" + args.subset + " captions)"}, n = {results[0]["n"]}; {attack}')
     table(['model', 'clean', *(f'ε = {eps:g}' for eps in args.eps)],
           [[r['dir'], *(f'{100 * v:.1f}' for v in [r['clean_acc'], *r['adv_acc'].values()])] for r in results])
+    if args.plot:
+        plot(Path(args.plot), results, f'{args.data} {args.split}, n = {results[0]["n"]}, PGD-{PGD_STEPS} × {RESTARTS}')
     if args.json:
         report = {'command': shlex.join(['python', 'eval.py', *sys.argv[1:]]), 'commit': clip_adv.commit(),
                   'versions': clip_adv.versions(), 'seed': args.seed, 'n': results[0]['n'], 'seconds': time.time() - started,
-                  'data': args.data, 'split': args.split, 'subset': args.subset, 'classes': len(classes), 'attack': attack,
+                  'data': args.data, 'split': args.split, 'subset': args.subset, 'attack': attack,
                   'results': results}
         clip_adv.write(Path(args.json), lambda file: file.write_text(json.dumps(report, indent=2), encoding='utf-8'))
+
+
+def plot(file: Path, results: list[dict], title: str) -> None:
+    """Accuracy against ε, a line for each model; the format is the file's ending (png, pdf, svg)."""
+    import matplotlib
+    matplotlib.use('Agg')  # draws into files, needs no screen
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(6, 4), layout='constrained')
+    axes = figure.add_subplot()
+    for r in results:
+        points = sorted({0.: r['clean_acc'], **{float(eps): acc for eps, acc in r['adv_acc'].items()}}.items())
+        axes.plot([eps for eps, _ in points], [100 * acc for _, acc in points], 'o-', label=Path(r['dir']).name)
+    axes.axhline(100 / results[0]['classes'], color='gray', linestyle=':', label='chance')
+    axes.set(xlabel='ε in 1/255 (l∞)', ylabel='zero-shot accuracy in %', ylim=(0, 102), title=title)
+    axes.legend()
+    axes.grid(alpha=.3)
+    # the name of the file beside has no ending that matplotlib knows, so the format is told
+    clip_adv.write(file, lambda beside: figure.savefig(beside, dpi=150, format=file.suffix[1:]))
 
 
 def logits(model: clip_adv.CLIP, text: Tensor, x: Tensor) -> Tensor:
@@ -148,6 +168,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     z.add_argument('--seed', type=int, default=0, help='of the sample and the random starts')
     z.add_argument('--batch_size', type=int, default=128, help='images at a time; changes speed and memory only')
     z.add_argument('--json', default='', metavar='FILE', help='write what was measured')
+    z.add_argument('--plot', default='', metavar='FILE', help='draw accuracy against ε (png, pdf or svg)')
     z.add_argument('--quiet', action='store_true', help='no progress bar')
     z.set_defaults(run=zeroshot)
     args = parser.parse_args(argv)
@@ -158,8 +179,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
             parser.error(f'--eps {eps:g}: it is in 1/255; did you mean {eps * 255:.3g}?')
     if args.n < 0 or args.batch_size < 1:
         parser.error(f'--n {args.n} --batch_size {args.batch_size}: must be at least 0 and 1')
-    if args.json and not os.path.isdir(os.path.dirname(args.json) or '.'):
-        parser.error(f'--json {args.json}: no folder {os.path.dirname(args.json)}')
+    for flag, file in (('--json', args.json), ('--plot', args.plot)):
+        if file and not os.path.isdir(os.path.dirname(file) or '.'):  # now, and not after an hour of attacks
+            parser.error(f'{flag} {file}: no folder {os.path.dirname(file)}')
+    if args.plot and Path(args.plot).suffix not in ('.png', '.pdf', '.svg'):
+        parser.error(f'--plot {args.plot}: must end in .png, .pdf or .svg')
     return args
 
 

@@ -55,7 +55,7 @@ class Config:
     alpha: float | None = None    # step size α, in 1/255; default 0.75 ε (the paper's 3 for ε = 4)
     k: int = 2                    # PGD steps K
     eps_from: float = 0.18        # ε (and α) ramp up linearly from this fraction of the run …
-    eps_to: float = 0.55          # … to this one; before the ramp training is clean, and four times as fast
+    eps_to: float = 0.55          # … to this one; before the ramp training is clean, and cheap
     k_from: float = 0.60          # until this fraction of the run the attack has 1 step of 1.25 ε, then K of α
     # model (ignored with --init and --arch, which bring theirs)
     size: int = 32                # side of the image in pixels
@@ -316,7 +316,7 @@ def frozen(module: nn.Module):
 def main(cfg: Config, given: set[str] | None = None) -> None:
     """Trains. given: the names of the settings that the user chose; default: those that differ from Config's."""
     rank, world, device = start_processes()
-    state, cfg = open_run(cfg, given, rank)
+    state, cfg = open_run(cfg, given)
     check_config(cfg, world)
 
     # ------------------------------------------------------------------------------------ data, model, optimizer
@@ -682,16 +682,18 @@ class Clock:
 
 
 # ------------------------------------------------------------------------------------------------------- run directory
+STATE_FILES = ('train_state.pt', 'previous_train_state.pt')
 FREE_ON_RESUME = {'out', 'resume', 'overwrite', 'workers', 'compile', 'log_every', 'save_every'}  # change no result
 
 
-def open_run(cfg, given: set[str] | None, rank: int) -> tuple[dict | None, object]:
-    """Claims --out: (the state to resume or None, the configuration that holds)."""
+def open_run(cfg, given: set[str] | None) -> tuple[dict | None, object]:
+    """(the state to resume or None, the configuration that holds). Changes nothing on the disk: what --overwrite deletes
+    is deleted when training begins, after everything that can be wrong with the settings and the data was found right."""
     out, state = Path(cfg.out), None
-    saved = [out / 'train_state.pt', out / 'previous_train_state.pt']
-    resume = cfg.resume or int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)) > 0
-    if resume and cfg.overwrite and not int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)):
+    saved = [out / name for name in STATE_FILES]
+    if cfg.resume and cfg.overwrite:
         raise SystemExit('error: --resume and --overwrite exclude each other')
+    resume = cfg.resume or int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)) > 0  # torchrun restarted us: go on
     exists = any(f.exists() for f in saved) or (out / 'train_config.json').exists()
     if resume:
         state = load_state(saved)
@@ -706,15 +708,6 @@ def open_run(cfg, given: set[str] | None, rank: int) -> tuple[dict | None, objec
     elif exists and not cfg.overwrite:
         raise SystemExit(f'error: --out {out} holds a run: continue it with --resume, replace it with --overwrite, '
                          f'or give another --out')
-    if dist.is_initialized():
-        dist.barrier()  # nobody may see what rank 0 is about to change
-    if rank == 0 and state is None:
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-        except OSError as e:
-            raise SystemExit(f'error: --out {out}: {e}') from None
-        for file in [*saved, out / 'log.jsonl', out / 'open_clip_model.safetensors']:
-            file.unlink(missing_ok=True)
     return state, cfg
 
 
@@ -744,12 +737,19 @@ class Run:
         self.last_log = (time.time(), None)
         # what makes the run what it is; not how this process came to it
         self.settings = {**dataclasses.asdict(cfg), 'resume': False, 'overwrite': False}
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.on_signal)
+        self.handlers = {number: signal.signal(number, self.on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def introduce(self, pairs: data.Pairs, world: int, device: torch.device, first_step: int) -> None:
-        """The first output; and the files of the run, rewritten as they belong to the step that is resumed."""
+        """The first output; and the files of the run, as they belong to the step that it begins with. (All ranks have
+        looked at --out by now: they have met in DDP's constructor.)"""
         cfg = self.cfg
+        try:
+            self.out.mkdir(parents=True, exist_ok=True)
+        except OSError as e:
+            raise SystemExit(f'error: --out {self.out}: {e}') from None
+        if not first_step:
+            for name in (*STATE_FILES, 'log.jsonl', 'open_clip_model.safetensors'):
+                (self.out / name).unlink(missing_ok=True)
         about = {'config': self.settings, 'commit': commit(), 'versions': versions(), 'processes': world}
         write(self.out / 'train_config.json', lambda f: f.write_text(json.dumps(about, indent=2), encoding='utf-8'))
         log = self.out / 'log.jsonl'
@@ -797,7 +797,7 @@ class Run:
 
     def on_signal(self, number, frame) -> None:
         self.signal = number
-        signal.signal(number, signal.SIG_DFL)  # a second one ends the process at once
+        signal.signal(number, self.handlers[number])  # a second one ends the process at once
 
     def signal_received(self, device: torch.device) -> int:
         """The signal that any of the ranks got, or 0."""
@@ -823,6 +823,8 @@ class Run:
                          f'Try a lower --lr or a longer --warmup')
 
     def finish(self) -> None:
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
         if self.rank == 0:
             seconds = time.time() - self.started
             print(f'done: {self.cfg.steps} updates, {seconds / 60:.1f} minutes; {self.out} opens in open_clip as '

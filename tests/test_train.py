@@ -137,7 +137,13 @@ def test_a_run_is_never_overwritten_by_accident(tmp_path):
         train(out=tmp_path, steps=2, eps=4, resume=True)
     with pytest.raises(SystemExit, match='exclude each other'):
         train(out=tmp_path, steps=2, overwrite=True, resume=True)
+    for bad in (dict(eps=-1), dict(data='nowhere'), dict(init='nowhere')):
+        with pytest.raises(SystemExit):
+            train(out=tmp_path, overwrite=True, **bad)  # deletes nothing when it cannot begin
     assert_same_state(state(tmp_path), before)
+    (tmp_path / 'file').write_text('')
+    with pytest.raises(SystemExit, match='--out .*file'):
+        train(out=tmp_path / 'file' / 'run')
     train(out=tmp_path, steps=3, overwrite=True)
     assert state(tmp_path)['step'] == 3
 

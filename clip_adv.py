@@ -51,7 +51,7 @@ class Config:
     overwrite: bool = False       # delete the run in --out first
     seed: int = 0                 # of weights, order, augmentation and δ₀
     # attack
-    eps: float = 8.               # radius ε of the l∞ ball, in 1/255; 0 trains a vanilla CLIP
+    eps: float = 14.              # radius ε of the l∞ ball, in 1/255; 0 trains a vanilla CLIP
     alpha: float | None = None    # step size α, in 1/255; default 0.75 ε (the paper's 3 for ε = 4)
     k: int = 2                    # PGD steps K
     eps_from: float = 0.18        # ε (and α) ramp up linearly from this fraction of the run …
@@ -74,7 +74,7 @@ class Config:
     vocab_size: int = 8192        # upper limit for that BPE
     # optimisation
     batch_size: int = 32          # global: of all processes together
-    steps: int = 4700             # updates
+    steps: int = 5000             # updates
     lr: float = 1.5e-3            # peak learning rate
     warmup: int = 100             # steps of linear warm-up; cosine to 0 after it
     wd: float = 0.05              # weight decay, on matrices only

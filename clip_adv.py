@@ -339,7 +339,8 @@ def main(cfg: Config, given: set[str] | None = None) -> None:
                            first_step=first_step, last_step=cfg.steps, seed=cfg.seed, rank=rank, world=world,
                            workers=cfg.workers)
     amp = torch.autocast(device.type, torch.bfloat16, enabled=device.type == 'cuda')
-    bar = tqdm(batches, initial=first_step, total=cfg.steps, disable=rank > 0, desc='clip_adv', smoothing=0.05)
+    bar = tqdm(batches, initial=first_step, total=cfg.steps, disable=rank > 0, desc='clip_adv', smoothing=0.05,
+               mininterval=0.5 if sys.stderr.isatty() else 30)             # a file needs no line for each update
 
     # ------------------------------------------------------------------------------------------ the training loop
     for step, (images, tokens) in enumerate(bar, first_step):
@@ -471,21 +472,27 @@ def build(cfg: Config, given: set[str] | None, pairs: data.Pairs, state: dict | 
                 raise SystemExit(f'error: --init {cfg.init} is of another architecture: its {name} is {value}, '
                                  f'--{name} says {getattr(cfg, name)}; leave the flag out (only --size may differ)')
         return model, tokenizer
+    arch = read_json(Path(cfg.arch), '--arch') if cfg.arch else {}
+    model_cfg = arch.get('model_cfg', arch)
+    context = cfg.context
+    if cfg.arch:  # its own size and context length, unless the flags say otherwise
+        if missing := {'vision_cfg', 'text_cfg'} - set(model_cfg):
+            raise SystemExit(f'error: --arch {cfg.arch}: no {", ".join(sorted(missing))}; expected a model configuration of open_clip')
+        if 'size' in typed(cfg, given):
+            model_cfg['vision_cfg']['image_size'] = cfg.size
+        if 'context' not in typed(cfg, given):
+            context = complete(model_cfg, {})[0]['text_cfg']['context_length']
+        model_cfg['text_cfg']['context_length'] = context
     if cfg.tokenizer:
-        tokenizer = data.read_tokenizer(cfg.tokenizer, cfg.context)
+        tokenizer = data.read_tokenizer(cfg.tokenizer, context)
     else:
-        tokenizer = data.train_tokenizer(pairs.captions, cfg.context, cfg.vocab_size)
-    if cfg.arch:
-        model_cfg = read_json(Path(cfg.arch), '--arch')
-        model_cfg = model_cfg.get('model_cfg', model_cfg)
-        model_cfg['vision_cfg']['image_size'] = cfg.size
-        model_cfg['text_cfg'] |= dict(context_length=cfg.context)
-    else:
+        tokenizer = data.train_tokenizer(pairs.captions, context, cfg.vocab_size)
+    if not cfg.arch:
         model_cfg = dict(
             embed_dim=cfg.embed_dim,
             vision_cfg=dict(image_size=cfg.size, patch_size=cfg.patch, width=cfg.width, layers=cfg.layers,
                             head_width=cfg.head_width, mlp_ratio=cfg.mlp_ratio),
-            text_cfg=dict(context_length=cfg.context, width=cfg.text_width, heads=cfg.text_heads, layers=cfg.text_layers))
+            text_cfg=dict(context_length=context, width=cfg.text_width, heads=cfg.text_heads, layers=cfg.text_layers))
         if tokenizer.mode == 'clips':  # the last token is always [CLS], and only without a causal mask it is of any use
             model_cfg['text_cfg'] |= dict(pool_type='last', no_causal_mask=True)
     # any non-empty name makes open_clip read the tokenizer that lies in the directory
@@ -619,6 +626,7 @@ def check_config(cfg: Config, world: int) -> None:
             (cfg.batch_size % world, f'--batch_size {cfg.batch_size}: must be divisible by the {world} processes (it is global)'),
             (cfg.steps < 1, f'--steps {cfg.steps}: must be at least 1'),
             (cfg.lr <= 0, f'--lr {cfg.lr:g}: must be positive'), (cfg.clip <= 0, f'--clip {cfg.clip:g}: must be positive'),
+            (cfg.vocab_size < 260, f'--vocab_size {cfg.vocab_size}: must be at least 260 (256 bytes, 3 special tokens, a word)'),
             (cfg.log_every < 1, f'--log_every {cfg.log_every}: must be at least 1'),
             (cfg.save_every < 1, f'--save_every {cfg.save_every}: must be at least 1'),
             (min(cfg.size, cfg.patch, cfg.width, cfg.layers, cfg.head_width, cfg.embed_dim, cfg.text_width, cfg.text_layers,
@@ -644,7 +652,7 @@ def start_processes() -> tuple[int, int, torch.device]:
 
 def keep_freed_memory() -> None:
     """Tells glibc to reuse freed tensors instead of handing them back to the kernel after each operation and asking for
-    zeroed pages again; worth X % of a CPU step. No effect elsewhere."""
+    zeroed pages again. A few per cent of a CPU step, see tests/bench_train.py; no effect elsewhere."""
     import ctypes
     if platform.system() == 'Linux' and platform.libc_ver()[0] == 'glibc':
         libc, M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = ctypes.CDLL(None), -1, -3

@@ -233,4 +233,10 @@ def test_the_papers_tower_from_open_clips_configuration(tmp_path):
                                                              batch_size=4, context=16)))
     model, tokenizer = clip_adv.load_clip(tmp_path / 'run')
     assert model.visual.patch == 14 and model.visual.pool == 'avg' and model.visual.ln_after_pool and not model.causal
+    assert model.visual.size == 28 and tokenizer.context == 16  # of the flags
+    own, tokenizer2 = clip_adv.build(clip_adv.Config(arch=str(tmp_path / 'arch.json')), {'arch'}, data.load_pairs('easyvqa', 'val'), None)
+    assert own.visual.size == 336 and tokenizer2.context == 32  # of the file
+    (tmp_path / 'arch.json').write_text('{"vision_cfg": {}}')
+    with pytest.raises(SystemExit, match='--arch .*: no text_cfg'):
+        clip_adv.build(clip_adv.Config(arch=str(tmp_path / 'arch.json')), {'arch'}, data.load_pairs('easyvqa', 'val'), None)
     assert isinstance(model.visual.ln_pre, torch.nn.Identity) and model.token_embedding.num_embeddings == tokenizer.vocab_size

@@ -206,7 +206,8 @@ def test_non_finite_loss_stops_and_keeps_the_checkpoint(tmp_path):
     (dict(steps=0), '--steps 0'), (dict(eps_from=.5, eps_to=.2), '--eps_from 0.5'), (dict(lr=0), '--lr 0'),
     (dict(data='nowhere'), '--data nowhere: no such folder'), (dict(init='nowhere'), 'nowhere is no run'),
     (dict(tokenizer='nowhere'), '--tokenizer nowhere'), (dict(arch='nowhere'), '--arch'),
-    (dict(holdout='pink circle'), '--holdout pink circle'), (dict(save_every=0), '--save_every 0'), (dict(context=2), '--context 2')])
+    (dict(holdout='pink circle'), '--holdout pink circle'), (dict(save_every=0), '--save_every 0'), (dict(context=2), '--context 2'),
+    (dict(vocab_size=100), '--vocab_size 100')])
 def test_bad_settings(tmp_path, settings, message):
     with pytest.raises(SystemExit, match=message):
         train(out=tmp_path / 'run', **settings)

@@ -278,7 +278,7 @@ def attack_at(cfg: Config, step: int) -> tuple[float, float, int]:
     """(ε, α, K) of a step, ε and α in [0, 1] units; K = 0 means clean.
 
     Our schedule (the authors' is not public). It follows their idea at one resolution: the long part cheap and weak,
-    the short last part at full strength. Starting at full ε a small CLIP does not learn at all.
+    the short last part at full strength.
     """
     done = step / cfg.steps
     ramp = min(max((done - cfg.eps_from) / (cfg.eps_to - cfg.eps_from), 0), 1) if cfg.eps_to > cfg.eps_from \
@@ -318,6 +318,7 @@ def main(cfg: Config, given: set[str] | None = None) -> None:
     rank, world, device = start_processes()
     state, cfg = open_run(cfg, given)
     check_config(cfg, world)
+    all_agree(state['step'] if state else 0, cfg, world)
 
     # ------------------------------------------------------------------------------------ data, model, optimizer
     pairs = data.load_pairs(cfg.data, 'train', cfg.holdout)
@@ -332,7 +333,7 @@ def main(cfg: Config, given: set[str] | None = None) -> None:
     if state is not None:
         optimizer.load_state_dict(state['optimizer'])
         first_step = state['step']
-    run = Run(cfg, model, tokenizer, optimizer, rank)
+    run = Run(cfg, model, tokenizer, optimizer, rank, first_step)
     if rank == 0:
         run.introduce(pairs, world, device, first_step)
     batches = data.batches(pairs, tokenizer, model.visual.size, model.preprocess_cfg, batch_size=cfg.batch_size,
@@ -656,8 +657,8 @@ def keep_freed_memory() -> None:
     import ctypes
     if platform.system() == 'Linux' and platform.libc_ver()[0] == 'glibc':
         libc, M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = ctypes.CDLL(None), -1, -3
-        libc.mallopt(M_MMAP_THRESHOLD, 1 << 30)
-        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+        if libc.mallopt(M_MMAP_THRESHOLD, 32 << 20):  # older glibc takes no more; setting the other alone would do harm
+            libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def compile_towers(model: CLIP, cfg: Config, device: torch.device) -> None:
@@ -690,21 +691,25 @@ class Clock:
 
 
 # ------------------------------------------------------------------------------------------------------- run directory
-STATE_FILES = ('train_state.pt', 'previous_train_state.pt')
+STATE_FILES, EXPORT = ('train_state.pt', 'previous_train_state.pt'), 'open_clip_model.safetensors'
+RUN_FILES = (*STATE_FILES, EXPORT, 'open_clip_config.json', 'tokenizer.json', 'tokenizer_config.json', 'train_config.json', 'log.jsonl')
 FREE_ON_RESUME = {'out', 'resume', 'overwrite', 'workers', 'compile', 'log_every', 'save_every'}  # change no result
 
 
 def open_run(cfg, given: set[str] | None) -> tuple[dict | None, object]:
-    """(the state to resume or None, the configuration that holds). Changes nothing on the disk: what --overwrite deletes
-    is deleted when training begins, after everything that can be wrong with the settings and the data was found right."""
+    """(the state to resume or None, the configuration that holds). Changes nothing on the disk: what --overwrite replaces
+    is put aside when training begins (Run.introduce), and deleted with the first checkpoint of the new run (Run.save)."""
     out, state = Path(cfg.out), None
     saved = [out / name for name in STATE_FILES]
     if cfg.resume and cfg.overwrite:
         raise SystemExit('error: --resume and --overwrite exclude each other')
     resume = cfg.resume or int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)) > 0  # torchrun restarted us: go on
-    exists = any(f.exists() for f in saved) or (out / 'train_config.json').exists()
+    exists = any((out / name).exists() for name in RUN_FILES)
     if resume:
         state = load_state(saved)
+        if state is None and (out / EXPORT).exists():
+            raise SystemExit(f'error: --resume: --out {out} holds a model ({EXPORT}) but no train_state.pt to continue from; '
+                             f'give another --out (and --init {out} to start from that model)')
         if state is not None:
             old = state['config']
             for name in sorted(typed(cfg, given) - FREE_ON_RESUME):
@@ -717,6 +722,17 @@ def open_run(cfg, given: set[str] | None) -> tuple[dict | None, object]:
         raise SystemExit(f'error: --out {out} holds a run: continue it with --resume, replace it with --overwrite, '
                          f'or give another --out')
     return state, cfg
+
+
+def all_agree(step: int, cfg, world: int) -> None:
+    """Every rank read --out for itself. Without a file system that all nodes share, they would train different runs."""
+    if world > 1:
+        mine = (step, {n: v for n, v in dataclasses.asdict(cfg).items() if n not in FREE_ON_RESUME})
+        everyone = [None] * world
+        dist.all_gather_object(everyone, mine)
+        if any(theirs != everyone[0] for theirs in everyone):
+            raise SystemExit(f'error: --out {cfg.out}: the ranks found different checkpoints or settings (steps '
+                             f'{[theirs[0] for theirs in everyone]}); all nodes must see the same files there')
 
 
 def load_state(files: list[Path]) -> dict | None:
@@ -739,10 +755,10 @@ def load_state(files: list[Path]) -> dict | None:
 class Run:
     """What happens around a step: first output, log lines, checkpoints, signals."""
 
-    def __init__(self, cfg: Config, model: CLIP, tokenizer: data.Tokenizer, optimizer, rank: int):
+    def __init__(self, cfg: Config, model: CLIP, tokenizer: data.Tokenizer, optimizer, rank: int, first_step: int):
         self.cfg, self.model, self.tokenizer, self.optimizer, self.rank = cfg, model, tokenizer, optimizer, rank
-        self.out, self.saved_step, self.started, self.signal = Path(cfg.out), 0, time.time(), 0
-        self.last_log = (time.time(), None)
+        self.out, self.saved_step, self.started, self.signal = Path(cfg.out), first_step, time.time(), 0
+        self.last_log = (time.time(), first_step)
         # what makes the run what it is; not how this process came to it
         self.settings = {**dataclasses.asdict(cfg), 'resume': False, 'overwrite': False}
         self.handlers = {number: signal.signal(number, self.on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -756,15 +772,16 @@ class Run:
         except OSError as e:
             raise SystemExit(f'error: --out {self.out}: {e}') from None
         if not first_step:
-            for name in (*STATE_FILES, 'log.jsonl', 'open_clip_model.safetensors'):
-                (self.out / name).unlink(missing_ok=True)
+            worth_keeping = any((self.out / name).exists() for name in (*STATE_FILES, EXPORT))
+            for name in RUN_FILES:
+                if (self.out / name).exists():
+                    os.replace(self.out / name, self.out / f'replaced_{name}') if worth_keeping else (self.out / name).unlink()
         about = {'config': self.settings, 'commit': commit(), 'versions': versions(), 'processes': world}
         write(self.out / 'train_config.json', lambda f: f.write_text(json.dumps(about, indent=2), encoding='utf-8'))
         log = self.out / 'log.jsonl'
         lines = log.read_text().splitlines() if log.exists() and first_step else []
         kept = [line for line in lines if line.endswith('}') and json.loads(line)['step'] <= first_step]
         write(log, lambda f: f.write_text(''.join(line + '\n' for line in kept)))
-        self.saved_step = first_step
         if first_step:
             export(self.model, self.tokenizer, self.out)
         n = sum(p.numel() for p in self.model.parameters())
@@ -785,7 +802,7 @@ class Run:
             return
         now, (before, step_before) = time.time(), self.last_log
         self.last_log = (now, step)
-        seen = (step - (step_before or self.saved_step)) * self.cfg.batch_size
+        seen = (step - step_before) * self.cfg.batch_size
         peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else peak_rss()
         row = {'step': step, **row, 'images_per_s': seen / (now - before), 'peak_memory_mb': peak / 2**20}
         with open(self.out / 'log.jsonl', 'a') as file:
@@ -801,6 +818,8 @@ class Run:
                      'preprocess_cfg': self.model.preprocess_cfg, 'tokenizer': self.tokenizer.backend.to_str()}
             write(self.out / 'train_state.pt', lambda file: torch.save(state, file), keep_previous=True)
             export(self.model, self.tokenizer, self.out)
+            for name in RUN_FILES:  # what --overwrite put aside
+                (self.out / f'replaced_{name}').unlink(missing_ok=True)
         self.saved_step = step
 
     def on_signal(self, number, frame) -> None:

@@ -136,7 +136,9 @@ def folder(path: Path, split: str) -> Pairs:
     if not path.is_dir():
         raise SystemExit(f'error: --data {path}: no such folder (and not the name "easyvqa")')
     try:
-        lines = table.read_text(encoding='utf-8').splitlines()
+        lines = table.read_text(encoding='utf-8').split('\n')  # splitlines() also cuts at U+2028, which JSON may hold
+    except UnicodeDecodeError as e:
+        raise SystemExit(f'error: {table}: {e}; it must be UTF-8') from None
     except OSError as e:
         raise SystemExit(f'error: --data {path}, split {split}: cannot read {table}: {e.strerror}; expected one '
                          f'{{"file_name": …, "text": …}} a line') from None
@@ -219,7 +221,7 @@ class PairDataset(torch.utils.data.Dataset):
         self.pairs, self.tokenizer, self.size, self.preprocess, self.seed = pairs, tokenizer, size, preprocess, seed
         # the shapes are few and small: decode and resize them once
         self.cache = [self.fit(read_image(f)) for f in pairs.files] if pairs.augment == 'shapes' else None
-        self.tokenize = functools.lru_cache(100_000)(lambda caption: tokenizer([caption])[0])
+        self.tokens: dict[str, torch.Tensor] = {}  # captions repeat; a plain dict, since workers may have to pickle this
 
     def fit(self, image: Image.Image) -> torch.Tensor:
         return fit(image, self.size, self.preprocess['interpolation'], self.preprocess['resize_mode'])
@@ -231,7 +233,12 @@ class PairDataset(torch.utils.data.Dataset):
             image = shift_and_flip(self.cache[row], g)
         else:
             image = self.fit(random_crop(read_image(self.pairs.files[row]), g))
-        return image, self.tokenize(self.pairs.captions[row])
+        caption = self.pairs.captions[row]
+        if caption not in self.tokens:
+            if len(self.tokens) >= 100_000:
+                self.tokens.clear()
+            self.tokens[caption] = self.tokenizer([caption])[0]
+        return image, self.tokens[caption]
 
 
 class Order:
@@ -348,7 +355,7 @@ def read_tokenizer(file: str | os.PathLike, context: int, mode: str = 'eot') -> 
     """tokenizer.json, or a WordPiece vocab.txt (one entry a line, as BERT and ΔCLIP use; mode 'clips')."""
     try:
         if str(file).endswith('.txt'):
-            vocab = {word: i for i, word in enumerate(Path(file).read_text(encoding='utf-8').splitlines())}
+            vocab = {word: i for i, word in enumerate(Path(file).read_text(encoding='utf-8').rstrip('\n').split('\n'))}
             wordpiece = HFTokenizer(models.WordPiece(vocab, unk_token='[UNK]'))
             wordpiece.normalizer = normalizers.BertNormalizer(lowercase=True)
             wordpiece.pre_tokenizer = pre_tokenizers.BertPreTokenizer()

@@ -172,6 +172,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     z.add_argument('--quiet', action='store_true', help='no progress bar')
     z.set_defaults(run=zeroshot)
     args = parser.parse_args(argv)
+    args.eps = list({f'{eps:g}': eps for eps in args.eps}.values())  # each once
     for eps in args.eps:
         if not 0 < eps <= 255:
             parser.error(f'--eps {eps:g}: must be above 0 and at most 255 (it is in 1/255; the clean accuracy is always shown)')

@@ -84,6 +84,17 @@ def test_folder_names_the_bad_line(photos, line, message):
         data.load_pairs(str(photos))
 
 
+def test_folder_with_unusual_captions(photos):
+    import pickle
+    (photos / 'metadata.jsonl').write_text(json.dumps({'file_name': '0.png', 'text': 'a\u2028b\x85c'}, ensure_ascii=False) + '\n', encoding='utf-8')
+    pairs = data.load_pairs(str(photos))
+    assert pairs.captions == ['a\u2028b\x85c']
+    pickle.dumps(data.PairDataset(pairs, data.train_tokenizer(['a'], 8, 400), 16, {}, 0))  # what spawned workers are sent
+    (photos / 'metadata.jsonl').write_bytes(b'\xff')
+    with pytest.raises(SystemExit, match='UTF-8'):
+        data.load_pairs(str(photos))
+
+
 def test_folder_that_is_none(tmp_path):
     with pytest.raises(SystemExit, match='no such folder'):
         data.load_pairs(str(tmp_path / 'nowhere'))

@@ -623,6 +623,8 @@ def check_config(cfg: Config, world: int) -> None:
             (not 0 <= cfg.eps_from <= cfg.eps_to <= 1, f'--eps_from {cfg.eps_from:g} --eps_to {cfg.eps_to:g}: must be '
                                                        f'fractions of the run, 0 ≤ from ≤ to ≤ 1'),
             (not 0 <= cfg.k_from <= 1, f'--k_from {cfg.k_from:g}: must be a fraction of the run, 0 … 1'),
+            (cfg.init and (cfg.tokenizer or cfg.arch), f'--init {cfg.init} brings its own model and tokenizer: leave --arch and '
+                                                       f'--tokenizer out'),
             (cfg.batch_size < 2, f'--batch_size {cfg.batch_size}: a contrastive loss needs at least 2 pairs'),
             (cfg.batch_size % world, f'--batch_size {cfg.batch_size}: must be divisible by the {world} processes (it is global)'),
             (cfg.steps < 1, f'--steps {cfg.steps}: must be at least 1'),

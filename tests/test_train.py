@@ -48,18 +48,19 @@ def relative(a, b):
 
 
 # ----------------------------------------------------------------------------------------------------------- processes
-def test_two_processes_make_the_step_of_one(tmp_path):
-    """The whole adversarial step on 1 and on 2 processes, same global batch: gradients agree to 1e-5, images to the bit."""
+@pytest.mark.parametrize('processes', [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_processes_make_the_step_of_one(tmp_path, processes):
+    """The whole adversarial step on 1 and on several processes, same global batch: gradients agree to 1e-5, images to the bit."""
     settings = dict(TINY, steps=1, clip=1e9)
     execute([sys.executable, str(ONE_STEP), str(tmp_path / 'one'), *flags(**settings, out=tmp_path / 'r1')])
-    execute(torchrun(2, ONE_STEP, str(tmp_path / 'two'), *flags(**settings, out=tmp_path / 'r2')))
-    one, *two = (torch.load(tmp_path / name, weights_only=True) for name in ('one.0', 'two.0', 'two.1'))
+    execute(torchrun(processes, ONE_STEP, str(tmp_path / 'many'), *flags(**settings, out=tmp_path / 'r2')))
+    one, *many = (torch.load(tmp_path / name, weights_only=True) for name in ('one.0', *(f'many.{r}' for r in range(processes))))
     for part in range(3):  # clean images, random start, adversarial images
-        whole = torch.cat([r['seen'][0][part] for r in two])
+        whole = torch.cat([r['seen'][0][part] for r in many])
         assert torch.equal(whole, one['seen'][0][part]), part
     x, _, x_adv = one['seen'][0]
     assert (x_adv - x).abs().max() > 7.9 / 255  # there was an attack
-    for rank in two:
+    for rank in many:
         assert relative(rank['updates'][0], one['updates'][0]) <= 1e-5
     assert quantities(tmp_path / 'r1')[0]['loss_adv'] == pytest.approx(quantities(tmp_path / 'r2')[0]['loss_adv'], rel=1e-5)
 
@@ -216,7 +217,8 @@ def test_non_finite_loss_stops_and_keeps_the_checkpoint(tmp_path):
     (dict(data='nowhere'), '--data nowhere: no such folder'), (dict(init='nowhere'), 'nowhere is no run'),
     (dict(tokenizer='nowhere'), '--tokenizer nowhere'), (dict(arch='nowhere'), '--arch'),
     (dict(holdout='pink circle'), '--holdout pink circle'), (dict(save_every=0), '--save_every 0'), (dict(context=2), '--context 2'),
-    (dict(vocab_size=100), '--vocab_size 100')])
+    (dict(vocab_size=100), '--vocab_size 100'),
+    (dict(init='a', tokenizer='b'), '--init a brings its own')])
 def test_bad_settings(tmp_path, settings, message):
     with pytest.raises(SystemExit, match=message):
         train(out=tmp_path / 'run', **settings)
@@ -285,9 +287,18 @@ def test_attack_schedule():
     assert rates[0] == .1 and rates[9] == 1 and max(rates) == 1 and rates[99] < 1e-3 and rates[50:] == sorted(rates[50:], reverse=True)
 
 
-def test_eps_0_sees_the_same_samples(tmp_path):
+def test_eps_0_sees_the_same_samples(tmp_path, monkeypatch):
+    """--eps 0 changes the attack and nothing else: equal images, captions and number of updates."""
+    seen, batches = [], clip_adv.data.batches
+
+    def recording(*args, **kwargs):
+        seen.append(list(batches(*args, **kwargs)))
+        return seen[-1]
+    monkeypatch.setattr(clip_adv.data, 'batches', recording)
     for name, eps in (('clean', 0), ('adv', 8)):
         train(out=tmp_path / name, eps=eps)
+    assert len(seen[0]) == len(seen[1]) == TINY['steps']
+    assert all(torch.equal(a, b) for step, step2 in zip(*seen) for a, b in zip(step, step2))
     clean, adv = quantities(tmp_path / 'clean'), quantities(tmp_path / 'adv')
     assert [r['step'] for r in clean] == [r['step'] for r in adv] and all(r['k'] == 0 for r in clean)
     assert all(r['loss_adv'] == pytest.approx(r['loss_clean'], abs=1e-6) for r in clean)

@@ -26,6 +26,7 @@ import textwrap
 import time
 import typing
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -639,8 +640,11 @@ def check_config(cfg: Config, world: int) -> None:
 
 
 # ----------------------------------------------------------------------------------------------------------- processes
-def start_processes() -> tuple[int, int, torch.device]:
-    """(rank, world size, device), from torchrun's environment if there is one. gloo on CPUs, NCCL on GPUs."""
+def start_processes(patience: timedelta | None = None) -> tuple[int, int, torch.device]:
+    """(rank, world size, device), from torchrun's environment if there is one. gloo on CPUs, NCCL on GPUs.
+
+    patience: how long a rank waits for the others; default: torch's, minutes.
+    """
     keep_freed_memory()
     if 'RANK' not in os.environ:
         return 0, 1, torch.device('cuda' if torch.cuda.is_available() else 'cpu')
@@ -649,7 +653,7 @@ def start_processes() -> tuple[int, int, torch.device]:
         device = torch.device('cuda', int(os.environ['LOCAL_RANK']))
         torch.cuda.set_device(device)
     if not dist.is_initialized():
-        dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo')
+        dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo', timeout=patience)
     return dist.get_rank(), dist.get_world_size(), device
 
 

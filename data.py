@@ -2,20 +2,27 @@
 
     pairs  = load_pairs('easyvqa', 'train')             # or a folder with metadata.jsonl
     loader = batches(pairs, tokenizer, size, ...)       # uint8 images [b, 3, S, S] and token ids [b, L]
+    images = class_set('CIFAR10', 'test', root='data')  # for zero-shot classification: images, class names, templates
+    images = caption_set('easyvqa', 'test')             # for retrieval: images and the captions of each
 
 `python data.py` prints what the easy-VQA captions are derived from. Everything random here is a function of
 (seed, number of the sample in the stream), never of a rank, a worker or a batch size.
 """
 import functools
 import hashlib
+import inspect
+import io
 import json
 import os
 import re
+import tarfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Callable
 
 import numpy as np
 import torch
+import torchvision
 from PIL import Image, UnidentifiedImageError
 from tokenizers import Tokenizer as HFTokenizer
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
@@ -105,8 +112,8 @@ def easyvqa_facts(split: str) -> tuple[dict[int, tuple[str, str]], int]:
     Three ways to know without guessing: a direct answer ("what color is the circle?" "red": red, and a circle);
     a yes, or the no to a negation ("is there not a circle?" "no"); elimination, when every other value is denied.
     """
+    root = easyvqa_root()  # first, since it says clearly that the package is not there
     import easy_vqa
-    import_root = easyvqa_root()  # clear error when the package is not there
     questions = easy_vqa.get_train_questions() if split == 'train' else easy_vqa.get_test_questions()
     possible: dict[int, tuple[set, set]] = {}
     for question, answer, image in zip(*questions):
@@ -119,9 +126,9 @@ def easyvqa_facts(split: str) -> tuple[dict[int, tuple[str, str]], int]:
             named, holds = named + [answer], True
         for value in named:
             values = colours if value in COLOURS else shapes
-            values.intersection_update({value}) if holds else values.discard(value)
+            (values.intersection_update if holds else values.difference_update)({value})
     if broken := [i for i, (c, s) in possible.items() if not c or not s]:
-        raise ValueError(f'easy-VQA ({import_root}): the questions on image {broken[0]} contradict each other')
+        raise ValueError(f'easy-VQA ({root}): the questions on image {broken[0]} contradict each other')
     facts = {i: (*c, *s) for i, (c, s) in possible.items() if len(c) == len(s) == 1}
     return facts, len(possible)
 
@@ -159,15 +166,266 @@ def folder(path: Path, split: str) -> Pairs:
     return Pairs(files, captions, 'crop', f'{table}: {len(files)} pairs')
 
 
+# ------------------------------------------------------------------------------------------- labelled images, to evaluate on
+@dataclass
+class ClassSet:
+    """Images with a class each. They are opened one by one, so memory does not grow with their number."""
+    n: int
+    open: Callable[[int], tuple[Image.Image, int]]  # number → (RGB, label)
+    classes: list[str]
+    templates: list[str]                            # such as 'a photo of a {c}.'
+    note: str = ''
+
+    def item(self, number: int) -> tuple[Image.Image, int]:
+        image, label = self.open(number)
+        if not 0 <= label < len(self.classes):
+            raise SystemExit(f'error: image {number} of {self.note} has the label {label}; there are {len(self.classes)} '
+                             f'class names, so labels must be in 0 … {len(self.classes) - 1}')
+        return image, label
+
+    def prompts(self, name: str) -> list[str]:
+        return [template.replace('{c}', name) for template in self.templates]
+
+
+def both(prefixes: str, suffixes: str = '') -> list[str]:
+    """'a photo of' → 'a photo of a {c}.' and 'a photo of the {c}.', for each of the prefixes (and of the suffixes)."""
+    return [f'{p.strip()} {article} {s}{{c}}.'.strip() for p in prefixes.split(',')
+            for s in [f'{s.strip()} ' if s.strip() else '' for s in suffixes.split(',')] for article in ('a', 'the')]
+
+
+# The prompts that OpenAI published with CLIP (their notebook and data/prompts.md), ordered by their pattern.
+TEMPLATES = {
+    'imagenet': [
+        *both('a bad photo of, a sculpture of, a low resolution photo of, a rendering of, graffiti of, a cropped photo of, a tattoo of, '
+              'a bright photo of, a dark photo of, a drawing of, a close-up photo of, a black and white photo of, a painting of, '
+              'a pixelated photo of, a jpeg corrupted photo of, a blurry photo of, a photo of, a good photo of, a doodle of, '
+              'a sketch of, a rendition of, art of, itap of'),
+        *both('', 'embroidered, plastic, origami, toy, cartoon, plushie'),
+        *both('a photo of', 'hard to see, clean, dirty, cool, large, nice, weird, small'),
+        'a {c} in a video game.', 'the {c} in a video game.', 'a photo of many {c}.', 'a photo of my {c}.', 'a photo of one {c}.',
+        'itap of my {c}.'],
+    'cifar': [*both('a photo of, a blurry photo of, a black and white photo of, a low contrast photo of, a high contrast photo of, '
+                    'a bad photo of, a good photo of'), *both('a photo of', 'small, big')],
+    'Food101': ['a photo of {c}, a type of food.'],
+    'OxfordIIITPet': ['a photo of a {c}, a type of pet.'],
+    'FGVCAircraft': ['a photo of a {c}, a type of aircraft.', 'a photo of the {c}, a type of aircraft.'],
+    'Flowers102': ['a photo of a {c}, a type of flower.'],
+    'DTD': [f'a photo of {article} {{c}} {noun}.' for noun in ('texture', 'pattern', 'thing', 'object') for article in ('a', 'the')],
+    'EuroSAT': ['a centered satellite photo of {c}.', 'a centered satellite photo of a {c}.', 'a centered satellite photo of the {c}.'],
+}
+TEMPLATES |= {'CIFAR10': TEMPLATES['cifar'], 'CIFAR100': TEMPLATES['cifar']}
+
+
+def class_set(data: str, split: str = 'test', root: str = 'data', download: bool = False, classnames: str = '',
+              templates: str = '') -> ClassSet:
+    """data: 'easyvqa'; a folder (metadata.jsonl, whose captions are the classes; CLIP_benchmark's layout: classnames.txt,
+    SPLIT/*.tar; or a subfolder for each class and classnames.txt); or a class of torchvision.datasets, looked for in root.
+
+    classnames, templates: files, a line each, in place of those that come with the data; templates also takes a key of TEMPLATES.
+    """
+    path = Path(data)
+    if data == 'easyvqa' or any((p / 'metadata.jsonl').is_file() for p in (path, path / split)):
+        found = captions_as_classes(data, split)
+    elif path.is_dir():
+        found = (shards if any((path / split).glob('*.tar')) else image_folder)(path, split, bool(classnames))
+    elif inspect.isclass(getattr(torchvision.datasets, data, None)):
+        found = from_torchvision(data, split, root, download, bool(classnames))
+    else:
+        raise SystemExit(f"error: --data {data}: no such folder, and no name that is known: 'easyvqa', or a class of "
+                         f'torchvision.datasets such as CIFAR10, Food101, EuroSAT (upper and lower case matter)')
+    if classnames:
+        found.classes = read_lines(Path(classnames), '--classnames')
+    if templates in TEMPLATES:
+        found.templates = TEMPLATES[templates]
+    elif templates:
+        found.templates = read_lines(Path(templates), f'--templates (also: {", ".join(TEMPLATES)})')
+    for template in found.templates:
+        if '{c}' not in template:
+            raise SystemExit(f'error: {found.note}: the template {template!r} has no {{c}}, where the class name goes')
+    if len(found.classes) < 2:
+        raise SystemExit(f'error: --data {data}: {len(found.classes)} class; zero-shot classification needs at least 2')
+    if len(set(found.classes)) < len(found.classes):
+        twice = next(c for c in found.classes if found.classes.count(c) > 1)
+        raise SystemExit(f'error: {found.note}: the class name {twice!r} is there twice; they must differ')
+    return found
+
+
+def read_lines(file: Path, what: str) -> list[str]:
+    try:
+        lines = [line.strip() for line in file.read_text(encoding='utf-8').split('\n')]
+    except (OSError, UnicodeDecodeError) as e:
+        raise SystemExit(f'error: {what}: cannot read {file}: {e}') from None
+    while lines and not lines[-1]:
+        lines.pop()
+    if not lines or '' in lines:
+        raise SystemExit(f'error: {what}: {file} ' + ('is empty' if not lines else f'has an empty line, {lines.index("") + 1}'))
+    return lines
+
+
+def names_beside(path: Path, overridden: bool) -> list[str]:
+    """The class names that lie with a data set; with --classnames they are not asked for."""
+    if overridden:
+        return []
+    if not (path / 'classnames.txt').is_file():
+        raise SystemExit(f'error: --data {path}: no class names: there is no {path / "classnames.txt"} (a name a line, line 1 for '
+                         f'label 0); write one, or give --classnames FILE')
+    return read_lines(path / 'classnames.txt', f'--data {path}')
+
+
+def captions_as_classes(data: str, split: str) -> ClassSet:
+    """easyvqa: all its colours and shapes, as 'a red circle'. A folder with captions: the captions that it has."""
+    pairs = load_pairs(data, split)
+    classes = [f'{c} {s}' for c in COLOURS for s in SHAPES] if data == 'easyvqa' else sorted(set(pairs.captions))
+    label = {f'a {name}' if data == 'easyvqa' else name: i for i, name in enumerate(classes)}
+    return ClassSet(len(pairs), lambda i: (read_image(pairs.files[i]), label[pairs.captions[i]]), classes,
+                    ['a {c}'] if data == 'easyvqa' else ['{c}'], pairs.note)
+
+
+class Shards:
+    """Samples in tar files, the webdataset convention: files of one name and several endings are one sample.
+
+    Only the headers are read at first, the contents when they are asked for, in any order.
+    """
+
+    def __init__(self, folder: Path):
+        self.samples: list[tuple[Path, str, dict[str, tuple[int, int]]]] = []
+        # by number: 10.tar comes after 9.tar
+        tars = sorted(folder.glob('*.tar'), key=lambda p: [int(w) if w.isdigit() else w for w in re.split(r'(\d+)', p.name)])
+        said = folder / 'nshards.txt'
+        if said.is_file() and (text := said.read_text().strip()) != str(len(tars)):
+            raise SystemExit(f'error: {said} says {text} shards; there are {len(tars)} *.tar')
+        for tar in tars:
+            found: dict[str, dict[str, tuple[int, int]]] = {}
+            try:
+                with tarfile.open(tar, 'r:') as archive:
+                    for member in archive:
+                        if member.isfile():
+                            key, _, ending = member.name.rpartition('/')[2].partition('.')
+                            found.setdefault(member.name[:-len(ending) - 1] if ending else key, {})[ending] = (member.offset_data, member.size)
+            except (tarfile.TarError, OSError) as e:
+                raise SystemExit(f'error: cannot read the shard {tar}: {e}; fetch it again') from None
+            self.samples += [(tar, key, files) for key, files in found.items()]
+        if not self.samples:
+            raise SystemExit(f'error: {folder}: the shards have no samples')
+
+    def read(self, number: int, endings: tuple[str, ...]) -> tuple[bytes, str]:
+        """(content, name) of the file of that sample which has one of the endings."""
+        tar, key, files = self.samples[number]
+        ending = next((e for e in endings if e in files), None)
+        if ending is None:
+            raise SystemExit(f'error: {tar}: the sample {key} has {", ".join(files)}, but no {" or ".join(endings)}')
+        offset, size = files[ending]
+        with open(tar, 'rb') as file:
+            file.seek(offset)
+            return file.read(size), f'{tar}/{key}.{ending}'
+
+    def image(self, number: int) -> Image.Image:
+        content, name = self.read(number, ('jpg', 'png', 'webp', 'jpeg'))
+        return read_image(io.BytesIO(content), name)
+
+
+def shards(path: Path, split: str, overridden: bool) -> ClassSet:
+    """CLIP_benchmark's layout: classnames.txt, zeroshot_classification_templates.txt, SPLIT/*.tar with images and .cls."""
+    classes = names_beside(path, overridden)
+    tars, shipped = Shards(path / split), path / 'zeroshot_classification_templates.txt'
+
+    def label(number: int) -> int:
+        content, name = tars.read(number, ('cls',))
+        try:
+            return int(content)
+        except ValueError:
+            raise SystemExit(f'error: {name}: {content[:20]!r} is no class number') from None
+    return ClassSet(len(tars.samples), lambda i: (tars.image(i), label(i)), classes,
+                    read_lines(shipped, 'templates') if shipped.is_file() else TEMPLATES['imagenet'], f'{path}, split {split}')
+
+
+def image_folder(path: Path, split: str, overridden: bool) -> ClassSet:
+    """A folder for each class, in SPLIT/ where there is one; line i of classnames.txt names the i-th folder by name."""
+    root = path / split if (path / split).is_dir() else path
+    classes = names_beside(path, overridden)
+    folders = sorted(p for p in root.iterdir() if p.is_dir())
+    files = [(f, i) for i, folder in enumerate(folders) for f in sorted(folder.rglob('*'))
+             if f.suffix.lower() in torchvision.datasets.folder.IMG_EXTENSIONS]
+    if not files:
+        raise SystemExit(f'error: --data {path}, split {split}: neither *.tar nor images in subfolders of {root}')
+    if classes and len(classes) != len(folders):
+        raise SystemExit(f'error: {path / "classnames.txt"} has {len(classes)} lines; {root} has {len(folders)} folders, one for each class')
+    return ClassSet(len(files), lambda i: (read_image(files[i][0]), files[i][1]), classes, TEMPLATES['imagenet'], f'{root}')
+
+
+def from_torchvision(name: str, split: str, root: str, download: bool, overridden: bool) -> ClassSet:
+    """Any data set of torchvision whose items are (image, label)."""
+    cls = getattr(torchvision.datasets, name)
+    takes, settings = inspect.signature(cls).parameters, {'root': root}
+    if 'train' in takes:
+        settings['train'] = split == 'train'
+    elif 'split' in takes:
+        settings['split'] = split
+    if 'download' in takes:
+        settings['download'] = download
+    elif download:
+        raise SystemExit(f'error: --download: torchvision cannot fetch {name}; put it into --root {root}')
+    try:
+        images = cls(**settings)
+    except (RuntimeError, OSError, ValueError, TypeError, ImportError) as e:
+        raise SystemExit(f'error: --data {name}, --split {split}, --root {root}: {e}' +
+                         ('' if download or 'download' not in takes else ' (--download fetches it)')) from None
+    names = getattr(images, 'classes', None)
+    if not names and not overridden:
+        raise SystemExit(f'error: --data {name}: torchvision has no class names for it; give --classnames FILE, a name a line, '
+                         f'line 1 for label 0')
+    names = [(c if isinstance(c, str) else c[0]).replace('_', ' ') for c in names or []]
+    if name == 'EuroSAT':  # AnnualCrop
+        names = [re.sub('(?<=[a-z])(?=[A-Z])', ' ', c).lower() for c in names]
+
+    def item(number: int) -> tuple[Image.Image, int]:
+        try:
+            image, label = images[number]
+        except (UnidentifiedImageError, OSError, SyntaxError) as e:
+            raise ValueError(f'cannot decode image {number} of torchvision\'s {name}: {e}') from None
+        if not isinstance(image, Image.Image) or not isinstance(label, (int, np.integer)):
+            raise SystemExit(f'error: --data {name}: its items are {type(image).__name__} and {type(label).__name__}, '
+                             f'not an image and a class number')
+        return to_rgb(image), int(label)
+    note = f'torchvision.datasets.{name}' + (f', split {split}' if len(settings) > 1 and ('train' in takes or 'split' in takes) else ', all of it')
+    return ClassSet(len(images), item, names, TEMPLATES.get(name, TEMPLATES['imagenet']), note)
+
+
+@dataclass
+class CaptionSet:
+    """Images with the captions of each (five, often)."""
+    captions: list[list[str]]
+    image: Callable[[int], Image.Image]
+    note: str
+
+
+def caption_set(data: str, split: str = 'test') -> CaptionSet:
+    """'easyvqa', a folder with metadata.jsonl (an image may have several lines), or shards of images and .txt files with a
+    caption a line (CLIP_benchmark's layout of MS-COCO and Flickr)."""
+    path = Path(data)
+    if any((path / split).glob('*.tar')):
+        tars = Shards(path / split)
+        read = [tars.read(i, ('txt',)) for i in range(len(tars.samples))]
+        captions = [[c.strip() for c in text.decode('utf-8', 'replace').split('\n') if c.strip()] for text, _ in read]
+        if [] in captions:
+            raise SystemExit(f'error: {read[captions.index([])][1]} holds no caption')
+        return CaptionSet(captions, tars.image, f'{path}, split {split}')
+    pairs, of = load_pairs(data, split), {}
+    for file, caption in zip(pairs.files, pairs.captions):
+        of.setdefault(file, []).append(caption)
+    files = list(of)
+    return CaptionSet(list(of.values()), lambda i: read_image(files[i]), pairs.note)
+
+
 # ---------------------------------------------------------------------------------------------------------- pixels
-def read_image(file: Path) -> Image.Image:
+def read_image(file: Path | io.BytesIO, name: str = '') -> Image.Image:
     """Decodes to RGB: alpha on white, 16-bit scaled to 8, palette and CMYK converted. Names the file if it cannot."""
     try:
         with Image.open(file) as image:
             image.load()
             return to_rgb(image)
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
-        raise ValueError(f'cannot decode the image {file}: {e}') from None
+        raise ValueError(f'cannot decode the image {name or file}: {e}') from None
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -181,10 +439,15 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def fit(image: Image.Image, size: int, interpolation: str = 'bilinear', resize_mode: str = 'shortest') -> torch.Tensor:
-    """RGB image → uint8 [3, size, size], as open_clip's preprocess_cfg has it: resize_mode 'shortest' (resize the short
-    side, centre crop), 'squash' (ignore the aspect ratio) or 'longest' (resize the long side, pad with black)."""
+    """RGB image → uint8 [3, size, size], as open_clip's preprocess_cfg has it; see resize."""
+    return TF.pil_to_tensor(resize(image, size, interpolation, resize_mode))
+
+
+def resize(image: Image.Image | torch.Tensor, size: int, interpolation: str, resize_mode: str) -> Image.Image | torch.Tensor:
+    """To size × size. resize_mode 'shortest' (resize the short side, centre crop), 'squash' (ignore the aspect ratio) or
+    'longest' (resize the long side, pad with black). Also takes tensors [..., 3, H, W], and then lets gradients through."""
     mode = {'bilinear': TF.InterpolationMode.BILINEAR, 'bicubic': TF.InterpolationMode.BICUBIC}[interpolation]
-    w, h = image.size
+    w, h = image.size if isinstance(image, Image.Image) else (image.shape[-1], image.shape[-2])
     if resize_mode == 'squash':
         image = TF.resize(image, [size, size], mode)
     elif resize_mode == 'shortest':
@@ -194,7 +457,7 @@ def fit(image: Image.Image, size: int, interpolation: str = 'bilinear', resize_m
         image = TF.center_crop(TF.resize(image, [round(h * scale), round(w * scale)], mode), [size, size])
     else:
         raise ValueError(f'preprocess_cfg: resize_mode {resize_mode!r}: must be shortest, squash or longest')
-    return TF.pil_to_tensor(image)
+    return image
 
 
 def shift_and_flip(image: torch.Tensor, g: torch.Generator) -> torch.Tensor:

@@ -1,19 +1,28 @@
 """Evaluation: one sub-command per question. Every command prints a table; --json FILE keeps what it measured.
 
-    python eval.py zeroshot runs/clip runs/clip_adv --eps 2 4 8 16
+    python eval.py zeroshot runs/clip runs/clip_adv --eps 4 8          # which class, clean and under attack
+    python eval.py retrieval runs/clip_adv --data DIR --eps 4          # image → text and text → image
+    python eval.py typographic runs/clip runs/clip_adv                 # a wrong class name written on the image
+    python eval.py audit runs/clip_adv runs/clip --eps 8               # is the robustness real, or are gradients masked?
+    python eval.py show runs/clip_adv --image cat.jpg --labels 'a cat,a dog'
+    torchrun --nproc_per_node 8 eval.py zeroshot ...                   # the images split over 8 processes, same result
 
-zeroshot: which of the class captions is nearest to the image, and does that survive an attack? Robust accuracy counts a
-sample as broken when any restart of PGD changes its prediction (the worst case per sample).
+The attack is `ensemble` (attacks.py) unless --attack names a cheaper one. Logits are 100·cos, networks compute in float32,
+ε is in 1/255 on the command line. Random starts are drawn from (seed, image, restart): the batch size, the order and the
+number of processes change nothing but the rounding of sums.
 """
 import argparse
 import json
 import os
 import shlex
 import sys
+import textwrap
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
@@ -21,173 +30,731 @@ import attacks
 import clip_adv
 import data
 
-PGD_STEPS, RESTARTS = 50, 2
+PGD_STEPS, PGD_RESTARTS = 50, 2
+ATTACKS = {  # what they are called in tables, and the forward passes that an image which survives costs
+    'none': ('no attack', 0),
+    'pgd': (f'PGD-{PGD_STEPS} with {PGD_RESTARTS} restarts', PGD_RESTARTS * (PGD_STEPS + 1) + 2),
+    'apgd': ('APGD-CE, 100 iterations, 1 restart', 102 + 2),
+    'ensemble': ('ensemble: APGD-CE 100 × 5, then targeted APGD-DLR 100 × 9', 14 * 102 + 2)}
 
 
-def zeroshot(args: argparse.Namespace) -> None:
-    started = time.time()
-    device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
-    clip_adv.keep_freed_memory()
-    everything = data.load_pairs(args.data, args.split)
-    # easy-VQA's classes are all its colours and shapes, of any other set the captions that it has
-    classes = [f'a {c} {s}' for c in data.COLOURS for s in data.SHAPES] if args.data == 'easyvqa' else sorted(set(everything.captions))
-    if not 2 <= len(classes) <= 10_000:
-        raise SystemExit(f'error: --data {args.data}: {len(classes)} different captions; zero-shot classification needs '
-                         f'between 2 and 10000 classes, and images that share them')
+# ============================================================================================================ the model
+class Classifier:
+    """A CLIP and the embeddings of the classes; called with images, it returns logits.   [b, 3, h, w] → [b, classes]
+
+    native: images come at their own size, and are resized in here, so that the attack acts before the resize.
+    """
+
+    def __init__(self, path: str, device: torch.device, native: bool = False):
+        self.model, self.tokenizer = clip_adv.load_clip(path)
+        self.model.to(device).requires_grad_(False)
+        self.device, self.native, self.path = device, native, path
+        how = self.model.preprocess_cfg
+        self.how = (self.model.visual.size, how['interpolation'], how['resize_mode'])
+
+    def pixels(self, image) -> Tensor:
+        """RGB image → float32 [3, h, w] in [0, 1]: the pixels that the attack may change."""
+        uint8 = data.TF.pil_to_tensor(image) if self.native else data.fit(image, *self.how)
+        return uint8.to(self.device).float() / 255
+
+    @torch.no_grad()
+    def embed_texts(self, texts: list[str]) -> Tensor:
+        """→ unit vectors [texts, D]"""
+        return torch.cat([self.model.encode_text(self.tokenizer(part).to(self.device)) for part in chunks(texts, 256)])
+
+    def embed_classes(self, classes: list[str], prompts) -> 'Classifier':
+        """prompts(name) → the class's prompts; a class is the direction of their mean (a template ensemble)."""
+        per_class = [prompts(name) for name in classes]
+        texts = self.embed_texts([p for each in per_class for p in each]).split([len(each) for each in per_class])
+        self.text = torch.nn.functional.normalize(torch.stack([t.mean(0) for t in texts]), dim=-1)
+        return self
+
+    def embed(self, x: Tensor) -> Tensor:
+        """[b, 3, h, w] in [0, 1] → unit vectors [b, D]"""
+        return self.model(data.resize(x, *self.how).clamp(0, 1) if self.native else x)  # bicubic leaves the box
+
+    def __call__(self, x: Tensor, numbers=None) -> Tensor:
+        return 100 * self.embed(x) @ self.text.T
+
+
+def attack(kind: str, logits, x: Tensor, y: Tensor, eps: float, numbers: list[int], seed: int, batch_size: int) -> Tensor:
+    """x under one of ATTACKS.   logits: (images [b, 3, h, w], rows of x [b]) → [b, classes].  y: labels [N].
+    eps: in [0, 1] units.  numbers: of the images in their data set, which the random starts are drawn from."""
+    noise = lambda restart, row: data.generator(seed, f'restart {restart}', numbers[row])
+    if kind == 'ensemble':
+        return attacks.ensemble(logits, x, y, eps, noise, batch_size=batch_size).images
+    if kind == 'apgd':
+        return attacks.ensemble(logits, x, y, eps, noise, restarts=1, targets=0, batch_size=batch_size).images
+    found = x.clone()
+    for rows in torch.arange(len(x), device=x.device).split(batch_size):
+        standing = rows[stands(logits, x, y, rows)]  # an image that is wrong unperturbed stays wrong
+        for restart in range(PGD_RESTARTS):
+            if not len(standing):
+                break
+            start = attacks.random_start(x[standing], eps, [noise(restart, i) for i in standing.tolist()])
+            found[standing] = attacks.pgd(lambda z: attacks.margin(logits(z, standing), y[standing]).sum(), x[standing], eps,
+                                          eps / 10, PGD_STEPS, start)
+            attacks.check(x[standing], found[standing], eps)
+            standing = standing[stands(logits, found, y, standing)]
+    return found
+
+
+@torch.no_grad()
+def stands(logits, x: Tensor, y: Tensor, rows: Tensor) -> Tensor:
+    return logits(x[rows], rows).argmax(1) == y[rows]
+
+
+@torch.no_grad()
+def ranks(logits, x: Tensor, y: Tensor, batch_size: int) -> list[int]:
+    """How many classes are ahead of the right one: 0 is correct. Of equal logits the first is ahead, as argmax has it."""
+    found = []
+    for rows in torch.arange(len(x), device=x.device).split(batch_size):
+        z, label = logits(x[rows], rows), y[rows, None]
+        right = z.gather(1, label)
+        before = torch.arange(z.shape[1], device=x.device) < label
+        found += ((z > right) | (z == right) & before | z.isnan()).sum(1).tolist()
+    return found
+
+
+def attacked(logits, item, numbers: list[int], args, bar: tqdm):
+    """Yields (ε, numbers, x, y, x_adv, logits of rows) for ε = 0 and every radius, for all images, some at a time.
+
+    logits: (images, list of numbers) → [b, classes].  item: number → (pixels [3, h, w], label).
+    """
+    spent = 0
+
+    def budgeted(eps: float) -> int:
+        return ATTACKS[args.attack][1] if eps else 1
+
+    for pool in chunks(numbers, 8 * args.batch_size):  # several batches, so that they stay full when images leave
+        loaded = [(i, *item(i)) for i in pool]
+        shapes = {tuple(x.shape): None for _, x, _ in loaded}  # one, unless --native
+        for group in [[row for row in loaded if tuple(row[1].shape) == shape] for shape in shapes]:
+            names = [i for i, _, _ in group]
+            x, y = torch.stack([x for _, x, _ in group]), torch.tensor([y for _, _, y in group], device=group[0][1].device)
+
+            def of_rows(images: Tensor, rows: Tensor) -> Tensor:
+                nonlocal spent
+                spent += len(images)
+                bar.update(len(images))
+                return logits(images, [names[i] for i in rows.tolist()])
+
+            for eps in [0., *args.eps]:
+                spent = 0
+                x_adv = attack(args.attack, of_rows, x, y, eps / 255, names, args.seed, args.batch_size) if eps else x
+                yield eps, names, x, y, x_adv, of_rows
+                bar.update(budgeted(eps) * len(x) - spent)  # what broken images left over
+
+
+# ============================================================================================================= commands
+def zeroshot(args: argparse.Namespace, rank: int, world: int, device: torch.device) -> dict:
+    """Which of the classes is nearest to the image? A row for each run and data set."""
     results = []
     for path in args.dirs:
-        model, tokenizer = clip_adv.load_clip(path)
-        model.to(device).requires_grad_(False)
-        pairs = subset(everything, path, args.subset)
-        n = min(args.n, len(pairs)) if args.n else len(pairs)
-        if args.n > len(pairs):
-            print(f'note: --n {args.n}: --split {args.split} has {len(pairs)} images; all of them are used', file=sys.stderr)
-        # The sample depends on the seed alone, not on batch size, and a larger --n only adds to it.
-        rows = torch.randperm(len(pairs), generator=data.generator(args.seed, 'sample', 0))[:n].tolist()
-        with torch.no_grad():
-            text = torch.cat([model.encode_text(tokenizer(part).to(device)) for part in chunks(classes, 256)])
-        counts = {eps: 0 for eps in [0., *args.eps]}
-        bar = tqdm(total=n * len(counts), desc=Path(path).name, unit='image', disable=args.quiet)
-        for part in chunks(rows, args.batch_size):
-            images = [data.fit(data.read_image(pairs.files[i]), model.visual.size, model.preprocess_cfg['interpolation'],
-                               model.preprocess_cfg['resize_mode']) for i in part]
-            x = torch.stack(images).to(device).float() / 255
-            y = torch.tensor([classes.index(pairs.captions[i]) for i in part], device=device)
-            with torch.no_grad():
-                correct = (logits(model, text, x).argmax(1) == y).nonzero()[:, 0]
-            counts[0.] += len(correct)
-            bar.update(len(part))
-            for eps in args.eps:  # an image that is wrong unperturbed stays wrong, and needs no attack
-                counts[eps] += len(survivors(model, text, x, y, correct, [part[i] for i in correct.tolist()],
-                                             eps / 255, args.seed))
-                bar.update(len(part))
-        bar.close()
-        results.append({'dir': str(path), 'n': n, 'classes': len(classes), 'clean_acc': counts[0.] / n,
-                        'adv_acc': {f'{eps:g}': counts[eps] / n for eps in args.eps}})
-    attack = f'PGD-{PGD_STEPS}, {RESTARTS} restarts, worst case per image, l∞, ε in 1/255'
-    print(f'zero-shot accuracy in %, {len(classes)} classes, {args.data} {args.split}'
-          f'{"" if args.subset == "all" else " (" + args.subset + " captions)"}, n = {results[0]["n"]}; {attack}')
-    table(['model', 'clean', *(f'ε = {eps:g}' for eps in args.eps)],
-          [[r['dir'], *(f'{100 * v:.1f}' for v in [r['clean_acc'], *r['adv_acc'].values()])] for r in results])
-    if args.plot:
-        plot(Path(args.plot), results, f'{args.data} {args.split}, n = {results[0]["n"]}, PGD-{PGD_STEPS} × {RESTARTS}')
-    if args.json:
-        report = {'command': shlex.join(['python', 'eval.py', *sys.argv[1:]]), 'commit': clip_adv.commit(),
-                  'versions': clip_adv.versions(), 'seed': args.seed, 'n': results[0]['n'], 'seconds': time.time() - started,
-                  'data': args.data, 'split': args.split, 'subset': args.subset, 'attack': attack,
-                  'results': results}
-        clip_adv.write(Path(args.json), lambda file: file.write_text(json.dumps(report, indent=2), encoding='utf-8'))
+        classifier, own = Classifier(path, device, args.native), []
+        for name in args.data:
+            images = data.class_set(name, args.split, args.root, args.download, args.classnames, args.templates)
+            classifier.embed_classes(images.classes, images.prompts)
+            numbers = sample(images.n, name, args, rank, keep=subset(images, name, path, args))
+            mine = numbers[rank::world]  # strided: the ranks get about as many hard images each
+
+            def item(i: int) -> tuple[Tensor, int]:
+                image, label = images.item(i)
+                return classifier.pixels(image), label
+
+            record: dict[float, dict[int, tuple[int, int]]] = {}
+            with progress(args, rank, len(mine), f'{Path(path).name} {Path(name).name}') as bar:
+                for eps, names, x, y, x_adv, logits in attacked(classifier, item, mine, args, bar):
+                    found = ranks(logits, x_adv, y, args.batch_size)
+                    record.setdefault(eps, {}).update(zip(names, zip(y.tolist(), found)))
+            record = {eps: {k: v for part in gather(record) for k, v in part.get(eps, {}).items()} for eps in [0., *args.eps]}
+            row = {'dir': str(path), 'data': name, 'n': len(numbers), 'classes': len(images.classes), 'templates': len(images.templates)}
+            for metric, measure in METRICS.items():
+                of = {eps: measure([record[eps][i] for i in numbers]) for eps in record}
+                row |= {f'clean_{metric}': of[0.], f'adv_{metric}': {f'{eps:g}': of[eps] for eps in args.eps}}
+            row['survives'] = {f'{eps:g}': ''.join('1' if record[eps][i][1] == 0 else '0' for i in numbers) for eps in record}
+            own.append(row)
+        if len(own) > 1:
+            own.append({'dir': str(path), 'data': 'average', 'n': sum(r['n'] for r in own), **{
+                key: {eps: mean([r[key][eps] for r in own]) for eps in own[0][key]} if key.startswith('adv') else mean([r[key] for r in own])
+                for metric in METRICS for key in (f'clean_{metric}', f'adv_{metric}')}})
+        results += own
+    if rank == 0:
+        say(f'zero-shot classification, accuracy in %, split {args.split}{"" if args.subset == "all" else f", {args.subset} captions"}; '
+            f'{attack_text(args)}')
+        for metric, title in (('acc', 'top-1'), ('acc5', 'top-5'), ('mean_per_class_recall', 'mean per-class recall')):
+            table([title, 'data', 'n', 'clean', *(f'ε = {eps:g}' for eps in args.eps)],
+                  [[r['dir'], r['data'], str(r['n']), percent(r[f'clean_{metric}']), *map(percent, r[f'adv_{metric}'].values())] for r in results])
+        if args.plot:
+            shown = [r for r in results if r['data'] == ('average' if len(args.data) > 1 else args.data[0])]
+            curves(Path(args.plot), [(Path(r['dir']).name, {0.: r['clean_acc'], **{float(e): a for e, a in r['adv_acc'].items()}}) for r in shown],
+                   'ε in 1/255 (l∞)', 'zero-shot accuracy in %', f'{", ".join(Path(d).name for d in args.data)} {args.split}, n = '
+                   f'{shown[0]["n"]}, {args.attack}', 1 / shown[0]['classes'] if 'classes' in shown[0] else None)
+    return {'n': results[0]['n'], 'results': results}
 
 
-def plot(file: Path, results: list[dict], title: str) -> None:
-    """Accuracy against ε, a line for each model; the format is the file's ending (png, pdf, svg)."""
-    import matplotlib
-    matplotlib.use('Agg')  # draws into files, needs no screen
-    from matplotlib.figure import Figure
-    figure = Figure(figsize=(6, 4), layout='constrained')
-    axes = figure.add_subplot()
-    for r in results:
-        points = sorted({0.: r['clean_acc'], **{float(eps): acc for eps, acc in r['adv_acc'].items()}}.items())
-        axes.plot([eps for eps, _ in points], [100 * acc for _, acc in points], 'o-', label=Path(r['dir']).name)
-    axes.axhline(100 / results[0]['classes'], color='gray', linestyle=':', label='chance')
-    axes.set(xlabel='ε in 1/255 (l∞)', ylabel='zero-shot accuracy in %', ylim=(0, 102), title=title)
-    axes.legend()
-    axes.grid(alpha=.3)
-    # the name of the file beside has no ending that matplotlib knows, so the format is told
-    clip_adv.write(file, lambda beside: figure.savefig(beside, dpi=150, format=file.suffix[1:]))
+def mean(values: list[float]) -> float:
+    return sum(values) / len(values)
 
 
-def logits(model: clip_adv.CLIP, text: Tensor, x: Tensor) -> Tensor:
-    """100·cos, the authors' fixed scale.   x: [B, 3, S, S] in [0, 1], text: [C, D] unit vectors → [B, C]"""
-    return 100 * model(x) @ text.T
+def recall(record: list[tuple[int, int]]) -> float:
+    """Mean over the classes of the share of its images that are right."""
+    of: dict[int, list[bool]] = {}
+    for label, rank in record:
+        of.setdefault(label, []).append(rank == 0)
+    return mean([mean(hits) for hits in of.values()])
 
 
-def survivors(model: clip_adv.CLIP, text: Tensor, x: Tensor, y: Tensor, standing: Tensor, names: list[int], eps: float,
-              seed: int) -> Tensor:
-    """Those of x[standing] whose prediction withstands every restart of PGD, as positions in x.
+METRICS = {'acc': lambda record: mean([r == 0 for _, r in record]), 'acc5': lambda record: mean([r < 5 for _, r in record]),
+           'mean_per_class_recall': recall}  # of [(label, rank of the right class)]
 
-    eps: in [0, 1] units.  names: for each standing image a number of its own, which its random starts are drawn from.
+
+def retrieval(args: argparse.Namespace, rank: int, world: int, device: torch.device) -> dict:
+    """recall@k: is one of an image's captions among the k nearest texts; is one of a caption's images among the k nearest?
+
+    Attacked are the images, each against all its captions (image → text); text → image is measured on the same images.
     """
-    for restart in range(RESTARTS):
-        if not len(standing):
+    if len(args.data) > 1:
+        raise SystemExit(f'error: --data {" ".join(args.data)}: retrieval takes one data set')
+    results = []
+    for path in args.dirs:
+        classifier, images = Classifier(path, device, args.native), data.caption_set(args.data[0], args.split)
+        numbers = sample(len(images.captions), args.data[0], args, rank)
+        texts = list(dict.fromkeys(c for i in numbers for c in images.captions[i]))
+        place = {text: t for t, text in enumerate(texts)}
+        own = {i: [place[c] for c in images.captions[i]] for i in numbers}  # its captions, as places in texts
+        if len(texts) < 2:
+            raise SystemExit(f'error: --data {args.data[0]}: {len(texts)} different caption; retrieval needs at least 2')
+        text = classifier.embed_texts(texts)
+
+        def right(names: list[int]) -> Tensor:
+            mask = torch.zeros(len(names), len(texts), dtype=torch.bool, device=device)
+            for row, i in enumerate(names):
+                mask[row, own[i]] = True
+            return mask
+
+        def logits(x: Tensor, names: list[int]) -> Tensor:
+            """Class 0 is "one of its captions"; the other classes are all other texts."""
+            z, mask = 100 * classifier.embed(x) @ text.T, right(names)
+            nearest = z.masked_fill(~mask, float('-inf')).amax(1, keepdim=True)
+            return torch.cat([nearest, z.masked_fill(mask, float('-inf'))], 1)
+
+        ranks_of, embedded = {eps: {} for eps in [0., *args.eps]}, {eps: {} for eps in [0., *args.eps]}
+        mine = numbers[rank::world]
+        item = lambda i: (classifier.pixels(images.image(i)), 0)
+        with progress(args, rank, len(mine), Path(path).name) as bar:
+            for eps, names, x, y, x_adv, of_rows in attacked(logits, item, mine, args, bar):
+                ranks_of[eps].update(zip(names, ranks(of_rows, x_adv, y, args.batch_size)))
+                embedded[eps].update(zip(names, torch.cat([classifier.embed(part) for part in x_adv.split(args.batch_size)]).cpu()))
+        parts = gather((ranks_of, embedded))
+        row = {'dir': str(path), 'data': args.data[0], 'n': len(numbers), 'texts': len(texts)}
+        for eps in [0., *args.eps]:
+            i2t = {i: r for part, _ in parts for i, r in part[eps].items()}
+            vector = {i: v for _, part in parts for i, v in part[eps].items()}
+            similarity = text.cpu() @ torch.stack([vector[i] for i in numbers]).T                    # [texts, images]
+            mask = right(numbers).T.cpu()
+            nearest = similarity.masked_fill(~mask, float('-inf')).amax(1, keepdim=True)
+            t2i = (~mask & (similarity >= nearest)).sum(1).tolist()
+            row |= {('clean' if eps == 0 else f'adv_{eps:g}'): {
+                **{f'image_to_text_recall@{k}': mean([i2t[i] < k for i in numbers]) for k in (1, 5, 10)},
+                **{f'text_to_image_recall@{k}': mean([r < k for r in t2i]) for k in (1, 5, 10)}}}
+        results.append(row)
+    if rank == 0:
+        say(f'retrieval, recall@k in %, {args.data[0]} {args.split}, {results[0]["n"]} images, {results[0]["texts"]} texts; '
+            f'{attack_text(args)}, against image → text')
+        table(['model', 'ε', *(f'{way} @{k}' for way in ('i→t', 't→i') for k in (1, 5, 10))],
+              [[r['dir'], f'{eps:g}', *map(percent, r['clean' if eps == 0 else f'adv_{eps:g}'].values())]
+               for r in results for eps in [0., *args.eps]])
+        if args.plot:
+            curves(Path(args.plot), [(f'{Path(r["dir"]).name}, {arrow}', {eps: r['clean' if eps == 0 else f'adv_{eps:g}'][f'{way}_recall@1']
+                                      for eps in [0., *args.eps]}) for r in results for way, arrow in
+                                     (('image_to_text', 'image → text'), ('text_to_image', 'text → image'))],
+                   'ε in 1/255 (l∞)', 'recall@1 in %', f'retrieval, {Path(args.data[0]).name} {args.split}, n = {results[0]["n"]}, {args.attack}')
+    return {'n': results[0]['n'], 'results': results}
+
+
+def typographic(args: argparse.Namespace, rank: int, world: int, device: torch.device) -> dict:
+    """Does a wrong class name, written on the image, change the class? And what do large targeted perturbations look like?
+
+    The name is drawn at the image's own size (enlarged to 224 pixels if it is smaller), before the model's resize.
+    """
+    from torchvision.transforms.v2 import functional as TF
+    images = one_set(args)
+    numbers = sample(images.n, args.data[0], args, rank)
+    mine, results, named = numbers[rank::world], [], {}  # named: number → (right class, the one that is written)
+    for i in dict.fromkeys([*mine, numbers[0]]):
+        label = images.item(i)[1]
+        other = int(torch.randint(len(images.classes) - 1, (), generator=data.generator(args.seed, 'typographic', i)))
+        named[i] = (label, other + (other >= label))
+    for path in args.dirs:
+        classifier = Classifier(path, device).embed_classes(images.classes, images.prompts)
+        found = {}
+        with tqdm(total=len(mine) * len(args.font), desc=Path(path).name, unit='image', disable=args.quiet or rank > 0) as bar, torch.no_grad():
+            for size in args.font:
+                for part in chunks(mine, args.batch_size):
+                    drawn = [written(enlarged(images.item(i)[0]), images.classes[named[i][1]], size) for i in part]
+                    seen = classifier(torch.stack([classifier.pixels(image) for image in drawn])).argmax(1).tolist()
+                    found |= {(size, i): p for i, p in zip(part, seen)}
+                    bar.update(len(part))
+        row = {'dir': str(path), 'data': args.data[0], 'n': len(numbers)}
+        for key, which in (('acc', 0), ('written_acc', 1)):  # saw what is there; saw what is written
+            hits = gather([(size, p == named[i][which]) for (size, i), p in found.items()])
+            row[key] = {f'{size:g}': mean([hit for part in hits for s, hit in part if s == size]) for size in args.font}
+        results.append(row)
+    if rank == 0:
+        say(f'typographic attack, {args.data[0]} {args.split}, n = {len(numbers)}: a wrong class name on the image; height of the letters '
+            f'in % of the image\'s (0: nothing written)')
+        table(['in %', '', *(f'{size:g} %' for size in args.font)],
+              [[r['dir'], what, *map(percent, r[key].values())] for r in results
+               for key, what in (('acc', 'accuracy'), ('written_acc', 'the written class'))])
+        if args.plot:
+            curves(Path(args.plot), [(Path(r['dir']).name + what, {float(s): a for s, a in r[key].items()}) for r in results
+                                     for key, what in (('acc', ''), ('written_acc', ': the written class'))],
+                   'height of the letters in % of the image', 'images in %', f'a wrong class name on the image, {Path(args.data[0]).name}, n = {len(numbers)}')
+        if args.grid:
+            targeted_grid(args, images, numbers[0], named[numbers[0]], device)
+    return {'n': len(numbers), 'results': results}
+
+
+def enlarged(image):
+    """At least 224 pixels high and wide, so that letters can be drawn."""
+    side = min(image.size)
+    return image if side >= 224 else image.resize([round(s * 224 / side) for s in image.size], resample=2)
+
+
+def written(image, name: str, percent_high: float):
+    """The name across the middle of the image, a word a line, black with a white rim; smaller if it would not fit."""
+    from PIL import ImageDraw, ImageFont
+    if percent_high == 0:
+        return image
+    image = image.copy()
+    draw, lines, size = ImageDraw.Draw(image), name.replace(' ', '\n'), percent_high / 100 * image.height
+    while True:
+        font, rim = ImageFont.load_default(max(size, 1)), max(1, round(size / 12))
+        left, top, right, bottom = draw.multiline_textbbox((0, 0), lines, font, stroke_width=rim, align='center')
+        if size <= 4 or (right - left <= image.width and bottom - top <= image.height):
             break
-        clean, label = x[standing], y[standing]
-        rival = torch.ones(len(label), len(text), dtype=torch.bool, device=x.device).scatter_(1, label[:, None], False)
+        size *= .95
+    place = ((image.width - left - right) / 2, (image.height - top - bottom) / 2)
+    draw.multiline_text(place, lines, 'black', font, stroke_width=rim, stroke_fill='white', align='center')
+    return image
 
-        def margin_loss(images: Tensor) -> Tensor:
-            """Σ log Σ_{j≠y} exp z_j − z_y: cross-entropy = softplus of that, so every sample's gradient has the same
-            sign; but at 100·cos the cross-entropy of a confident model, and its gradient, underflow to exactly 0."""
-            z = logits(model, text, images)
-            return (z.masked_fill(~rival, float('-inf')).logsumexp(1) - z.gather(1, label[:, None])[:, 0]).sum()
 
-        noise = [data.generator(seed, f'restart {restart}', name) for name in names]
-        start = attacks.random_start(clean, eps, noise)
-        x_adv = attacks.pgd(margin_loss, clean, eps, eps / 10, PGD_STEPS, start)
-        attacks.check(clean, x_adv, eps)
+def targeted_grid(args, images: data.ClassSet, number: int, named: tuple[int, int], device: torch.device) -> None:
+    """clean | δ | x+δ for radii so large that the perturbation can be seen; a row for each radius, a block for each run."""
+    target = images.classes.index(args.target) if args.target in images.classes else named[1]
+    if args.target and args.target not in images.classes:
+        raise SystemExit(f'error: --target {args.target}: not a class; the classes are {", ".join(images.classes[:30])}')
+    rows = []
+    for eps in args.grid_eps:
+        row = []
+        for path in args.dirs:
+            classifier = Classifier(path, device).embed_classes(images.classes, images.prompts)
+            x = classifier.pixels(images.item(number)[0])[None]
+            goal = torch.tensor([target], device=device)
+            never = torch.zeros(1, dtype=torch.bool, device=device)  # not to the first success: to the highest loss
+            loss = lambda z, idx: (-attacks.margin(classifier(z), goal), never)
+            x_adv = attacks.apgd(loss, x, eps / 255, iterations=200).images
+            attacks.check(x, x_adv, eps / 255)
+            with torch.no_grad():
+                before, after = (images.classes[int(classifier(z).argmax())] for z in (x, x_adv))
+            row += [(x[0], f'{Path(path).name}: {before}'), ((x_adv - x)[0] / (2 * eps / 255) + .5, f'δ, ε = {eps:g}/255'),
+                    (x_adv[0], f'x + δ: {after}')]
+        rows.append(row)
+    pictures(Path(args.grid), rows, f'towards “{images.classes[target]}”')
+
+
+def show(args: argparse.Namespace, rank: int, world: int, device: torch.device) -> dict:
+    """One image: what does the model see before and after the attack?"""
+    if rank > 0:
+        return {}
+    names = [name.strip() for name in args.labels.split(',') if name.strip()]
+    if len(set(names)) != len(names) or len(names) < 2:
+        raise SystemExit(f"error: --labels {args.labels!r}: at least 2 different texts, separated by commas: 'a cat,a dog'")
+    image, eps, rows, results = read_one(args.image), args.eps[0], [], []
+    for path in args.dirs:
+        classifier = Classifier(path, device).embed_classes(names, lambda name: [name])
+        x = classifier.pixels(image)[None]
         with torch.no_grad():
-            stands = logits(model, text, x_adv).argmax(1) == label
-        standing, names = standing[stands], [name for name, s in zip(names, stands.tolist()) if s]
-    return standing
+            y = torch.tensor([names.index(args.label)], device=device) if args.label in names else classifier(x).argmax(1)
+            if args.label and args.label not in names:
+                raise SystemExit(f'error: --label {args.label}: not one of --labels {args.labels}')
+        x_adv = attack(args.attack, classifier, x, y, eps / 255, [0], args.seed, args.batch_size) if args.attack != 'none' else x
+        with torch.no_grad():
+            before, after = (classifier(z)[0].softmax(0).tolist() for z in (x, x_adv))
+        seen = [names[max(range(len(names)), key=p.__getitem__)] for p in (before, after)]
+        broken = seen[1] != names[int(y)]
+        results.append({'dir': str(path), 'label': names[int(y)], 'clean': dict(zip(names, before)), f'adv_{eps:g}': dict(zip(names, after)),
+                        'broken': broken})
+        say(f'{path}: probability in % (softmax of 100·cos), attacked away from “{names[int(y)]}”, ε = {eps:g}/255, {ATTACKS[args.attack][0]}: '
+            + ('the prediction changes' if broken else 'the prediction stands'))
+        table(['label', 'clean', f'ε = {eps:g}'], [[n, percent(p), percent(q)] for n, p, q in zip(names, before, after)])
+        rows.append([(x[0], f'{Path(path).name}: {seen[0]}'), ((x_adv - x)[0] / (2 * eps / 255) + .5, f'δ, ε = {eps:g}/255, scaled to gray ± 1/2'),
+                     (x_adv[0], f'x + δ: {seen[1]}')])
+    pictures(Path(args.plot), rows, Path(args.image).name)
+    say(f'picture: {args.plot}')
+    return {'n': 1, 'image': args.image, 'results': results}
 
 
-def subset(pairs: data.Pairs, path: str, which: str) -> data.Pairs:
-    """The images whose caption the run never saw ('held-out'), the others ('seen'), or all."""
-    if which == 'all':
-        return pairs
-    config = clip_adv.read_json(Path(path) / 'train_config.json', f'--subset {which}: {path}')
+def read_one(file: str):
+    try:
+        return data.read_image(Path(file))
+    except ValueError as e:
+        raise SystemExit(f'error: --image: {e}') from None
+
+
+# ================================================================================================================ audit
+def audit(args: argparse.Namespace, rank: int, world: int, device: torch.device) -> dict:
+    """Is the robustness real? Checks for gradient masking; exit code 1 if one fails."""
+    if args.attack != 'ensemble':
+        raise SystemExit(f'error: --attack {args.attack}: audit compares attacks with each other and has no choice of one')
+    images, eps, results = one_set(args), args.eps[0], []
+    numbers = sample(images.n, args.data[0], args, rank)
+    mine = numbers[rank::world]
+    if len(numbers) < world:
+        raise SystemExit(f'error: --n {args.n}: {len(numbers)} images for {world} processes; each needs one at least')
+    for path in args.dirs:
+        classifier = Classifier(path, device, args.native).embed_classes(images.classes, images.prompts)
+        loaded = [images.item(i) for i in mine]
+        if len({image.size for image, _ in loaded}) > 1 and args.native:
+            raise SystemExit('error: --native: audit needs images of one size')
+        x = torch.stack([classifier.pixels(image) for image, _ in loaded])
+        y = torch.tensor([label for _, label in loaded], device=device)
+        sources = [p for p in [*args.dirs, *args.transfer_from] if p != path]
+        source = Classifier(sources[0], device, args.native).embed_classes(images.classes, images.prompts) if sources else None
+        with tqdm(total=len(CHECKS), desc=Path(path).name, unit='check', disable=args.quiet or rank > 0) as bar:
+            checks = audit_checks(classifier, x, y, eps / 255, mine, args.seed, args.batch_size, source, bar=bar, queries=args.queries)
+        failed = [c for c in checks if c['verdict'] == 'FAIL']
+        results.append({'dir': str(path), 'data': args.data[0], 'n': len(numbers), 'eps': eps, 'passed': not failed, 'checks': checks})
+        if rank == 0:
+            say(f'audit of {path}: {args.data[0]} {args.split}, n = {len(numbers)}, ε = {eps:g}/255, tolerance 1 point (1 image if n < 100)')
+            table(['check', 'figure', 'verdict'], [[c['check'], c['figure'], c['verdict']] for c in checks], right=False)
+            say(f'{path}: ' + (f'{len(failed)} of {len(checks)} checks FAIL: {"; ".join(c["check"] for c in failed)}' if failed else
+                               f'all {sum(c["verdict"] == "PASS" for c in checks)} checks PASS'))
+    return {'n': len(numbers), 'results': results, 'exit': int(any(not r['passed'] for r in results))}
+
+
+CHECKS = {  # each key is what holds for an honest model; after Athalye et al. 2018 (arXiv 1802.00420) and Carlini et al. 2019 (1902.06705)
+    'deterministic': 'the same images twice, the same logits',
+    'cross-entropy has a gradient': 'share of images where it is exactly 0 in float32',
+    'gradient agrees with finite differences': 'median relative error along random directions',
+    'attack raises the loss': 'share of images whose loss PGD leaves below its start',
+    '100 steps not weaker than 20': 'robust accuracy under APGD',
+    '5 restarts not weaker than 1': 'robust accuracy under APGD',
+    'many steps not weaker than one': 'robust accuracy under APGD and FGSM',
+    'random noise hurts less': 'accuracy under the ensemble and under noise ±ε',
+    'Square not stronger than white box': 'robust accuracy under the ensemble and under Square',
+    'transfer not stronger than white box': 'robust accuracy under the ensemble and images made on another run',
+    'accuracy falls with ε': 'robust accuracy under APGD at ε/2, ε, 2 ε, 4 ε',
+    'ε = 1 leaves nothing': 'robust accuracy under APGD with every image within reach'}
+
+
+def audit_checks(logits, x: Tensor, y: Tensor, eps: float, names: list[int], seed: int, batch_size: int, source=None, bar=None,
+                 queries: int = 5000, iterations: int = 100) -> list[dict]:
+    """[{'check', 'figure', 'verdict'}] for a classifier: images [b, 3, h, w] → logits [b, classes].
+
+    eps: in [0, 1] units.  source: another classifier, for transfer.  Every robust accuracy comes from a run of its own, with
+    its own random starts. The tolerance is 1 point, and 1 image where a point is less than that. Split over ranks, if any.
+    """
+    device = x.device
+    total = sum(gather(len(x)))
+    tolerance = max(.01, 1 / total) + 1e-9
+    checks = []
+
+    def share(flags) -> float:
+        """Of all images, on all ranks."""
+        return sum(gather(int(torch.as_tensor(flags).sum()))) / total
+
+    def verdict(name: str, ok: bool | None, figure: str) -> None:
+        checks.append({'check': name, 'figure': f'{figure} ({CHECKS[name]})', 'verdict': 'SKIP' if ok is None else 'PASS' if ok else 'FAIL'})
+        if bar is not None:
+            bar.update()
+
+    @torch.no_grad()
+    def correct(images: Tensor, labels: Tensor = y) -> Tensor:
+        return torch.cat([logits(a).argmax(1) == b for a, b in zip(images.split(batch_size), labels.split(batch_size))])
+
+    def starts(radius: float, purpose: str) -> Tensor:
+        return attacks.random_start(x, radius, [data.generator(seed, f'audit {purpose}', i) for i in names])
+
+    def loss(images: Tensor, idx: Tensor) -> tuple[Tensor, Tensor]:
+        z = logits(images)
+        return attacks.margin(z, y[idx]), z.argmax(1) != y[idx]
+
+    def under_apgd(radius: float, purpose: str, steps: int = iterations, restarts: int = 1) -> float:
+        standing = correct(x)
+        for restart in range(restarts):
+            rows = standing.nonzero()[:, 0]
+            if len(rows):
+                found = attacks.apgd(lambda z, idx: loss(z, rows[idx]), x[rows], radius, starts(radius, f'{purpose} {restart}')[rows],
+                                     steps, batch_size=batch_size)
+                attacks.check(x[rows], found.images, radius)
+                standing[rows] = correct(found.images, y[rows])
+        return share(standing)
+
+    def gradient_of(measure, images: Tensor) -> Tensor:
+        return attacks.evaluate(lambda z, idx: (measure(logits(z), y[idx]), y[idx] < 0), images, torch.arange(len(images), device=device), batch_size)[2]
+
+    with torch.no_grad():
+        difference = max(gather(max([float((logits(a) - logits(a)).abs().max()) for a in x.split(batch_size)], default=0.)))
+    verdict('deterministic', difference == 0, f'largest difference {difference:.2g}')
+
+    flat = gradient_of(lambda z, label: torch.nn.functional.cross_entropy(z, label, reduction='none'), x).flatten(1).abs().amax(1) == 0
+    verdict('cross-entropy has a gradient', share(flat) <= tolerance, percent(share(flat)) + ' %')
+
+    # f(x + hv) − f(x − hv) against 2h⟨∇f, v⟩, at a random point of the ball, v ~ U(−1, 1); 0 against 0 counts as wrong
+    at, h = starts(eps, 'differences').clamp(.002, .998), .001
+    v = torch.stack([torch.rand(x.shape[1:], generator=data.generator(seed, 'audit direction', i)) for i in names]).to(x) * 2 - 1
+    slope = (gradient_of(attacks.margin, at) * v).flatten(1).sum(1)
+    value = lambda images: torch.cat([attacks.margin(logits(a), b) for a, b in zip(images.split(batch_size), y.split(batch_size))])
+    with torch.no_grad():
+        measured = (value(at + h * v) - value(at - h * v)) / (2 * h)
+    error = (slope - measured).abs() / torch.maximum(slope.abs(), measured.abs()).clamp(min=1e-12)
+    error = torch.where((slope == 0) & (measured == 0), 1., error)
+    median = float(torch.tensor([e for part in gather(error.tolist()) for e in part]).median())
+    verdict('gradient agrees with finite differences', median <= .1, f'{median:.2g}')
+
+    begin = starts(eps, 'rises')
+    end = torch.cat([attacks.pgd(lambda z: attacks.margin(logits(z), b).sum(), a, eps, eps / 10, PGD_STEPS, s) for a, b, s in
+                     zip(x.split(batch_size), y.split(batch_size), begin.split(batch_size))])
+    with torch.no_grad():
+        fell = share(value(end) <= value(begin))
+    verdict('attack raises the loss', fell <= tolerance, percent(fell) + ' %')
+
+    few, many = under_apgd(eps, 'few steps', max(iterations // 5, 1)), under_apgd(eps, 'many steps')
+    verdict('100 steps not weaker than 20', many <= few + tolerance, f'{percent(many)} against {percent(few)} %')
+    one, five = under_apgd(eps, 'one restart'), under_apgd(eps, 'five restarts', restarts=5)
+    verdict('5 restarts not weaker than 1', five <= one + tolerance, f'{percent(five)} against {percent(one)} %')
+    single = (x + eps * gradient_of(attacks.margin, x).sign()).clamp(0, 1)
+    fgsm = share(correct(single) & correct(x))
+    verdict('many steps not weaker than one', many <= fgsm + tolerance, f'{percent(many)} against {percent(fgsm)} %')
+
+    found = attacks.ensemble(lambda images, rows: logits(images), x, y, eps, lambda restart, row: data.generator(seed, f'audit ensemble {restart}', names[row]),
+                             iterations=iterations, batch_size=batch_size)
+    white = share(~found.done)
+    noisy = share(correct(x) & correct(starts(eps, 'noise')))
+    verdict('random noise hurts less', white <= noisy + tolerance, f'{percent(white)} against {percent(noisy)} %')
+    rows = correct(x).nonzero()[:, 0]
+    blind = attacks.square(lambda z, idx: loss(z, rows[idx]), x[rows], eps, [data.generator(seed, 'audit square', names[i]) for i in rows.tolist()],
+                           queries, batch_size) if len(rows) else None
+    square = share(~blind.done if blind else [])
+    verdict('Square not stronger than white box', white <= square + tolerance, f'{percent(white)} against {percent(square)} %')
+    if source is None:
+        verdict('transfer not stronger than white box', None, 'no other run was given; name a second DIR, or --transfer_from DIR')
+    else:
+        never = lambda z, idx: (attacks.margin(source(z), y[idx]), y[idx] < 0)  # to the highest loss, which transfers best
+        foreign = attacks.apgd(never, x, eps, starts(eps, 'transfer'), iterations, batch_size=batch_size).images
+        transfer = share(correct(x) & correct(foreign))
+        verdict('transfer not stronger than white box', white <= transfer + tolerance, f'{percent(white)} against {percent(transfer)} %')
+
+    at_radius = [under_apgd(min(f * eps, 1.), f'radius {f}') for f in (.5, 1, 2, 4)]
+    verdict('accuracy falls with ε', all(b <= a + tolerance for a, b in zip([share(correct(x)), *at_radius], at_radius)),
+            ', '.join(map(percent, at_radius)) + ' %')
+    everything = under_apgd(1., 'everything')
+    verdict('ε = 1 leaves nothing', everything <= tolerance, percent(everything) + ' %')
+    return checks
+
+
+# ==================================================================================================== sampling and ranks
+def one_set(args) -> data.ClassSet:
+    if len(args.data) > 1:
+        raise SystemExit(f'error: --data {" ".join(args.data)}: {args.command} takes one data set')
+    return data.class_set(args.data[0], args.split, args.root, args.download, args.classnames, args.templates)
+
+
+def sample(n: int, name: str, args, rank: int, keep: list[int] | None = None) -> list[int]:
+    """The numbers of the images, drawn by --seed: the same for every batch size and run, and a larger --n only adds to them."""
+    numbers = list(range(n)) if keep is None else keep
+    if args.n > len(numbers) and rank == 0:
+        print(f'note: --n {args.n}: {name}, split {args.split}, has {len(numbers)} images; all of them are used', file=sys.stderr)
+    order = torch.randperm(len(numbers), generator=data.generator(args.seed, 'sample', 0)).tolist()
+    return [numbers[i] for i in order[:args.n or len(numbers)]]
+
+
+def subset(images: data.ClassSet, name: str, path: str, args) -> list[int] | None:
+    """The images whose caption the run never saw ('held-out'), or the others ('seen'); None: all."""
+    if args.subset == 'all':
+        return None
+    config = clip_adv.read_json(Path(path) / 'train_config.json', f'--subset {args.subset}: {path}')
     held = data.held_out(config['config']['holdout'])
     if not held:
-        raise SystemExit(f'error: --subset {which}: {path} was trained without --holdout')
-    rows = [i for i, c in enumerate(pairs.captions) if (data.pair_name(c) in held) == (which == 'held-out')]
-    return pairs.keep(rows, f'; {len(rows)} with a {which} caption')
+        raise SystemExit(f'error: --subset {args.subset}: {path} was trained without --holdout')
+    is_held = [data.pair_name(c) in held for c in images.classes]
+    return [i for i in range(images.n) if is_held[images.item(i)[1]] == (args.subset == 'held-out')]
+
+
+def gather(value) -> list:
+    """[value of rank 0, value of rank 1, …] on all ranks."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return [value]
+    everyone = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, value)
+    return everyone
 
 
 def chunks(items: list, size: int):
     return (items[i:i + size] for i in range(0, len(items), size))
 
 
-def table(header: list[str], rows: list[list[str]]) -> None:
-    """A table that reads well on a terminal and is Markdown, too."""
+# =============================================================================================================== output
+def percent(fraction: float) -> str:
+    return f'{100 * fraction:.1f}'
+
+
+def attack_text(args) -> str:
+    where = 'before the resize, on native pixels' if args.native else "at the model's resolution"
+    return f'{ATTACKS[args.attack][0]}; l∞, ε in 1/255, {where}' if args.attack != 'none' else 'no attack'
+
+
+def say(text: str) -> None:
+    print(textwrap.fill(text, 120), flush=True)
+
+
+def progress(args, rank: int, n: int, name: str) -> tqdm:
+    """In forward passes of one image; what broken images do not need is ticked off when their attack ends."""
+    passes = n * (1 + len(args.eps) * ATTACKS[args.attack][1])
+    return tqdm(total=passes, desc=name, unit='it', unit_scale=True, disable=args.quiet or rank > 0,
+                mininterval=.5 if sys.stderr.isatty() else 60)
+
+
+def table(header: list[str], rows: list[list[str]], right: bool = True) -> None:
+    """A table that reads well on a terminal and is Markdown, too. right: all but the text columns are set to the right."""
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
-    line = lambda row: '| ' + ' | '.join(v.ljust(w) if i == 0 else v.rjust(w) for i, (v, w) in enumerate(zip(row, widths))) + ' |'
-    print('\n'.join([line(header), '|' + '|'.join('-' * (w + 1) + ('-' if i == 0 else ':') for i, w in enumerate(widths)) + '|',
+    text = [not right or not all(row[i].replace('.', '').isdigit() for row in rows) for i in range(len(header))]
+    line = lambda row: '| ' + ' | '.join(v.ljust(w) if t else v.rjust(w) for v, w, t in zip(row, widths, text)) + ' |'
+    print('\n'.join([line(header), '|' + '|'.join('-' * (w + 1) + ('-' if t else ':') for w, t in zip(widths, text)) + '|',
                      *map(line, rows)]), flush=True)
 
 
+def curves(file: Path, lines: list[tuple[str, dict[float, float]]], x_label: str, y_label: str, title: str, chance: float | None = None) -> None:
+    """A line for each (name, {x: fraction}); the format is the file's ending (png, pdf, svg)."""
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(6, 4), layout='constrained')
+    axes = figure.add_subplot()
+    for name, points in lines:
+        axes.plot(sorted(points), [100 * points[x] for x in sorted(points)], 'o-', label=name)
+    if chance is not None:
+        axes.axhline(100 * chance, color='gray', linestyle=':', label='chance')
+    axes.set(xlabel=x_label, ylabel=y_label, ylim=(-2, 102))
+    axes.set_title(title, fontsize=10, wrap=True)
+    axes.legend()
+    axes.grid(alpha=.3)
+    save(figure, file)
+
+
+def pictures(file: Path, rows: list[list[tuple[Tensor, str]]], title: str) -> None:
+    """A grid of (image [3, h, w] in [0, 1], caption)."""
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(2.6 * len(rows[0]), 2.9 * len(rows) + .3), layout='constrained')
+    axes = figure.subplots(len(rows), len(rows[0]), squeeze=False)
+    for row, cells in zip(axes, rows):
+        for cell, (image, caption) in zip(row, cells):
+            cell.imshow(image.permute(1, 2, 0).clamp(0, 1).cpu().numpy(), interpolation='nearest')
+            cell.set_title(textwrap.fill(caption, 28), fontsize=8)
+            cell.axis('off')
+    figure.suptitle(title, fontsize=10)
+    save(figure, file)
+
+
+def save(figure, file: Path) -> None:
+    # the name of the file beside has no ending that matplotlib knows, so the format is told
+    clip_adv.write(file, lambda beside: figure.savefig(beside, dpi=150, format=file.suffix[1:]))
+
+
+# ========================================================================================================= command line
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     commands = parser.add_subparsers(dest='command', required=True)
-    z = commands.add_parser('zeroshot', help='zero-shot classification, clean and under attack', allow_abbrev=False,
-                            formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    z.add_argument('dirs', nargs='+', metavar='DIR', help='run directories of clip_adv.py')
-    z.add_argument('--data', default='easyvqa', help="'easyvqa', or a folder with metadata.jsonl whose captions are classes")
-    z.add_argument('--split', default='test', choices=['test', 'val', 'train'], help='choose on val, report on test')
+
+    def command(run, text: str, eps: list[float], n: int) -> argparse.ArgumentParser:
+        c = commands.add_parser(run.__name__, help=text, description=run.__doc__, allow_abbrev=False,
+                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        c.add_argument('dirs', nargs='+', metavar='DIR', help='run directories of clip_adv.py')
+        if run is not show:
+            c.add_argument('--data', nargs='+', default=['easyvqa'], help="'easyvqa', a folder (metadata.jsonl; or classnames.txt with "
+                           "SPLIT/*.tar or with a folder for each class), or a class of torchvision.datasets")
+            c.add_argument('--split', default='test', help='choose on val, report on test')
+            c.add_argument('--n', type=int, default=n, help='images, drawn by --seed; 0: all')
+        if run not in (show, retrieval):
+            c.add_argument('--root', default='data', help='where data sets of torchvision are')
+            c.add_argument('--download', action='store_true', help='let torchvision fetch the data set into --root')
+            c.add_argument('--classnames', default='', metavar='FILE', help='class names, a line each, line 1 for label 0')
+            c.add_argument('--templates', default='', metavar='FILE', help="prompts with {c} for the class name, a line each; or 'imagenet' (80), "
+                           "'cifar' (18), …")
+        if run is not typographic:
+            c.add_argument('--attack', default='ensemble', choices=list(ATTACKS), help='; '.join(f'{k}: {v}' for k, (v, _) in ATTACKS.items()))
+            c.add_argument('--eps', type=float, nargs='*' if run in (zeroshot, retrieval) else 1, default=eps, help='radius in 1/255')
+        if run in (zeroshot, retrieval, audit):
+            c.add_argument('--native', action='store_true', help="attack before the resize, on the image's own pixels")
+        c.add_argument('--seed', type=int, default=0, help='of the sample and the random starts')
+        c.add_argument('--batch_size', type=int, default=128 if torch.cuda.is_available() else 32, help='images at a time, on each process')
+        c.add_argument('--json', default='', metavar='FILE', help='write what was measured')
+        if run is not audit:
+            c.add_argument('--plot', default='show.png' if run is show else '', metavar='FILE', help='draw it (png, pdf or svg)')
+        c.add_argument('--quiet', action='store_true', help='no progress bar')
+        c.set_defaults(run=run)
+        return c
+
+    z = command(zeroshot, 'zero-shot classification, clean and under attack', [2., 4., 8., 16.], 500)
     z.add_argument('--subset', default='all', choices=['all', 'held-out', 'seen'], help="captions that the run's --holdout left out, or kept")
-    z.add_argument('--eps', type=float, nargs='*', default=[2., 4., 8., 16.], help='radii in 1/255')
-    z.add_argument('--n', type=int, default=0, help='images, drawn by --seed; 0: all')
-    z.add_argument('--seed', type=int, default=0, help='of the sample and the random starts')
-    z.add_argument('--batch_size', type=int, default=128, help='images at a time; changes speed and memory only')
-    z.add_argument('--json', default='', metavar='FILE', help='write what was measured')
-    z.add_argument('--plot', default='', metavar='FILE', help='draw accuracy against ε (png, pdf or svg)')
-    z.add_argument('--quiet', action='store_true', help='no progress bar')
-    z.set_defaults(run=zeroshot)
+    command(retrieval, 'image → text and text → image, clean and under attack', [2., 4., 8.], 500)
+    t = command(typographic, 'a wrong class name written on the image; targeted perturbations at large ε', [], 500)
+    t.add_argument('--font', type=float, nargs='+', default=[0., 5., 10., 15., 20., 30.], help='height of the letters in %% of the image')
+    t.add_argument('--grid', default='', metavar='FILE', help='also draw clean | δ | x+δ of one image, targeted, for every DIR')
+    t.add_argument('--grid_eps', type=float, nargs='+', default=[16., 32., 64.], help='its radii in 1/255')
+    t.add_argument('--target', default='', help='its target class; default: a wrong one, drawn by --seed')
+    a = command(audit, 'checks for gradient masking; exit code 1 if one fails', [8.], 100)
+    a.add_argument('--transfer_from', nargs='*', default=[], metavar='DIR', help='runs to transfer attacks from; default: the other DIRs')
+    a.add_argument('--queries', type=int, default=5000, help='of Square Attack')
+    s = command(show, 'one image, clean and attacked', [8.], 1)
+    s.add_argument('--image', required=True, metavar='FILE')
+    s.add_argument('--labels', required=True, help="texts to choose from, separated by commas: 'a cat,a dog'")
+    s.add_argument('--label', default='', help='the true one, which is attacked; default: what the model sees in the clean image')
     args = parser.parse_args(argv)
-    args.eps = list({f'{eps:g}': eps for eps in args.eps}.values())  # each once
-    for eps in args.eps:
-        if not 0 < eps <= 255:
-            parser.error(f'--eps {eps:g}: must be above 0 and at most 255 (it is in 1/255; the clean accuracy is always shown)')
-        if eps < 0.25:
-            parser.error(f'--eps {eps:g}: it is in 1/255; did you mean {eps * 255:.3g}?')
-    if args.n < 0 or args.batch_size < 1:
-        parser.error(f'--n {args.n} --batch_size {args.batch_size}: must be at least 0 and 1')
-    for flag, file in (('--json', args.json), ('--plot', args.plot)):
+
+    wrong = commands.choices[args.command].error
+    for flag in ('eps', 'grid_eps'):
+        if not hasattr(args, flag):
+            continue
+        setattr(args, flag, list({f'{eps:g}': eps for eps in getattr(args, flag)}.values()))  # each once
+        for eps in getattr(args, flag):
+            if not 0 < eps <= 255:
+                wrong(f'--{flag} {eps:g}: must be above 0 and at most 255 (it is in 1/255; the clean accuracy is always shown)')
+            if eps < 0.25:
+                wrong(f'--{flag} {eps:g}: it is in 1/255; did you mean {eps * 255:.3g}?')
+    if getattr(args, 'attack', '') == 'none':
+        args.eps = [] if args.command != 'show' else args.eps
+    for flag, least in (('n', 0), ('batch_size', 1), ('queries', 1)):
+        if getattr(args, flag, least) < least:
+            wrong(f'--{flag} {getattr(args, flag)}: must be at least {least}')
+    if any(not 0 <= size <= 100 for size in getattr(args, 'font', [])):
+        wrong(f'--font {" ".join(f"{size:g}" for size in args.font)}: must be in 0 … 100 (% of the image)')
+    for flag in ('json', 'plot', 'grid'):
+        file = getattr(args, flag, '')
         if file and not os.path.isdir(os.path.dirname(file) or '.'):  # now, and not after an hour of attacks
-            parser.error(f'{flag} {file}: no folder {os.path.dirname(file)}')
-    if args.plot and Path(args.plot).suffix not in ('.png', '.pdf', '.svg'):
-        parser.error(f'--plot {args.plot}: must end in .png, .pdf or .svg')
+            wrong(f'--{flag} {file}: no folder {os.path.dirname(file)}')
+        if file and flag != 'json' and Path(file).suffix not in ('.png', '.pdf', '.svg'):
+            wrong(f'--{flag} {file}: must end in .png, .pdf or .svg')
     return args
 
 
+def main(args: argparse.Namespace) -> int:
+    """Runs the command; returns the exit code."""
+    started = time.time()
+    rank, world, device = clip_adv.start_processes(timedelta(days=7))  # one rank may have the harder images
+    try:
+        measured = args.run(args, rank, world, device)
+        code = measured.pop('exit', 0)
+        if args.json and rank == 0:
+            report = {'command': shlex.join(['python', 'eval.py', *sys.argv[1:]]), 'commit': clip_adv.commit(), 'versions': clip_adv.versions(),
+                      'device': str(device), 'processes': world, 'seed': args.seed, 'seconds': time.time() - started,
+                      **{k: v for k, v in vars(args).items() if k in ('data', 'split', 'subset', 'attack', 'native', 'eps')}, **measured}
+            clip_adv.write(Path(args.json), lambda file: file.write_text(json.dumps(report, indent=2), encoding='utf-8'))
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    return code
+
+
 if __name__ == '__main__':
-    arguments = parse()
-    arguments.run(arguments)
+    sys.exit(main(parse()))

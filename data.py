@@ -356,7 +356,8 @@ def image_folder(path: Path, split: str, overridden: bool) -> ClassSet:
 def from_torchvision(name: str, split: str, root: str, download: bool, overridden: bool) -> ClassSet:
     """Any data set of torchvision whose items are (image, label)."""
     cls = getattr(torchvision.datasets, name)
-    takes, settings = inspect.signature(cls).parameters, {'root': root}
+    takes = inspect.signature(cls).parameters
+    settings = {'root': root} if 'root' in takes else {}
     if 'train' in takes:
         settings['train'] = split == 'train'
     elif 'split' in takes:
@@ -387,7 +388,7 @@ def from_torchvision(name: str, split: str, root: str, download: bool, overridde
             raise SystemExit(f'error: --data {name}: its items are {type(image).__name__} and {type(label).__name__}, '
                              f'not an image and a class number')
         return to_rgb(image), int(label)
-    note = f'torchvision.datasets.{name}' + (f', split {split}' if len(settings) > 1 and ('train' in takes or 'split' in takes) else ', all of it')
+    note = f'torchvision.datasets.{name}' + (f', split {split}' if 'train' in takes or 'split' in takes else ', all of it')
     return ClassSet(len(images), item, names, TEMPLATES.get(name, TEMPLATES['imagenet']), note)
 
 

@@ -5,7 +5,7 @@
     python eval.py typographic runs/clip runs/clip_adv                 # a wrong class name written on the image
     python eval.py audit runs/clip_adv runs/clip --eps 8               # is the robustness real, or are gradients masked?
     python eval.py show runs/clip_adv --image cat.jpg --labels 'a cat,a dog'
-    torchrun --nproc_per_node 8 eval.py zeroshot ...                   # the images split over 8 processes, same result
+    torchrun --nproc_per_node 8 -- eval.py zeroshot ...                # the images split over 8 processes, same result
 
 The attack is `ensemble` (attacks.py) unless --attack names a cheaper one. Logits are 100·cos, networks compute in float32,
 ε is in 1/255 on the command line. Random starts are drawn from (seed, image, restart): the batch size, the order and the
@@ -234,14 +234,14 @@ def retrieval(args: argparse.Namespace, rank: int, world: int, device: torch.dev
             return mask
 
         def logits(x: Tensor, names: list[int]) -> Tensor:
-            """Class 0 is "one of its captions"; the other classes are all other texts."""
+            """The last class is "one of its captions", the others are all other texts. (Last, so that a tie is a miss.)"""
             z, mask = 100 * classifier.embed(x) @ text.T, right(names)
             nearest = z.masked_fill(~mask, float('-inf')).amax(1, keepdim=True)
-            return torch.cat([nearest, z.masked_fill(mask, float('-inf'))], 1)
+            return torch.cat([z.masked_fill(mask, float('-inf')), nearest], 1)
 
         ranks_of, embedded = {eps: {} for eps in [0., *args.eps]}, {eps: {} for eps in [0., *args.eps]}
         mine = numbers[rank::world]
-        item = lambda i: (classifier.pixels(images.image(i)), 0)
+        item = lambda i: (classifier.pixels(images.image(i)), len(texts))
         with progress(args, rank, len(mine), Path(path).name) as bar:
             for eps, names, x, y, x_adv, of_rows in attacked(logits, item, mine, args, bar):
                 ranks_of[eps].update(zip(names, ranks(of_rows, x_adv, y, args.batch_size)))
@@ -436,7 +436,7 @@ def audit(args: argparse.Namespace, rank: int, world: int, device: torch.device)
 
 CHECKS = {  # each key is what holds for an honest model; after Athalye et al. 2018 (arXiv 1802.00420) and Carlini et al. 2019 (1902.06705)
     'deterministic': 'the same images twice, the same logits',
-    'cross-entropy has a gradient': 'share of images where it is exactly 0 in float32',
+    'cross-entropy has a gradient': 'share of the correct images where it is exactly 0 in float32',
     'gradient agrees with finite differences': 'median relative error along random directions',
     'attack raises the loss': 'share of images whose loss PGD leaves below its start',
     '100 steps not weaker than 20': 'robust accuracy under APGD',
@@ -500,7 +500,9 @@ def audit_checks(logits, x: Tensor, y: Tensor, eps: float, names: list[int], see
     verdict('deterministic', difference == 0, f'largest difference {difference:.2g}')
 
     flat = gradient_of(lambda z, label: torch.nn.functional.cross_entropy(z, label, reduction='none'), x).flatten(1).abs().amax(1) == 0
-    verdict('cross-entropy has a gradient', share(flat) <= tolerance, percent(share(flat)) + ' %')
+    clean = share(correct(x))
+    stuck = share(flat & correct(x)) / max(clean, 1 / total)
+    verdict('cross-entropy has a gradient', stuck <= tolerance, percent(stuck) + ' %')
 
     # f(x + hv) − f(x − hv) against 2h⟨∇f, v⟩, at a random point of the ball, v ~ U(−1, 1); 0 against 0 counts as wrong
     at, h = starts(eps, 'differences').clamp(.002, .998), .001
@@ -548,7 +550,7 @@ def audit_checks(logits, x: Tensor, y: Tensor, eps: float, names: list[int], see
         verdict('transfer not stronger than white box', white <= transfer + tolerance, f'{percent(white)} against {percent(transfer)} %')
 
     at_radius = [under_apgd(min(f * eps, 1.), f'radius {f}') for f in (.5, 1, 2, 4)]
-    verdict('accuracy falls with ε', all(b <= a + tolerance for a, b in zip([share(correct(x)), *at_radius], at_radius)),
+    verdict('accuracy falls with ε', all(b <= a + tolerance for a, b in zip([clean, *at_radius], at_radius)),
             ', '.join(map(percent, at_radius)) + ' %')
     everything = under_apgd(1., 'everything')
     verdict('ε = 1 leaves nothing', everything <= tolerance, percent(everything) + ' %')

@@ -32,7 +32,7 @@ def torchrun(processes: int, script: Path, *arguments: str) -> list[str]:
         s.bind(('127.0.0.1', 0))
         port = s.getsockname()[1]
     return [sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node', str(processes), '--master_addr', '127.0.0.1',
-            '--master_port', str(port), str(script), *arguments]
+            '--master_port', str(port), '--', str(script), *arguments]  # --: or torchrun takes --n for one of its own
 
 
 def execute(command: list[str], fails: bool = False, **extra) -> str:

@@ -49,7 +49,7 @@ class Config:
     workers: int = 0              # image-decoding processes per rank; 0: none of its own
     init: str = ''                # start from the weights of this run directory (--size may differ)
     resume: bool = False          # continue the run in --out; start it where there is none
-    overwrite: bool = False       # delete the run in --out first
+    overwrite: bool = False       # replace the run in --out, once the new one has a checkpoint
     seed: int = 0                 # of weights, order, augmentation and δ₀
     # attack
     eps: float = 14.              # radius ε of the l∞ ball, in 1/255; 0 trains a vanilla CLIP
@@ -336,7 +336,7 @@ def main(cfg: Config, given: set[str] | None = None) -> None:
         first_step = state['step']
     run = Run(cfg, model, tokenizer, optimizer, rank, first_step)
     if rank == 0:
-        run.introduce(pairs, world, device, first_step)
+        run.introduce(pairs, world, device)
     batches = data.batches(pairs, tokenizer, model.visual.size, model.preprocess_cfg, batch_size=cfg.batch_size,
                            first_step=first_step, last_step=cfg.steps, seed=cfg.seed, rank=rank, world=world,
                            workers=cfg.workers)
@@ -517,9 +517,9 @@ def load_clip(path: str | os.PathLike, size: int | None = None) -> tuple[CLIP, d
             raise SystemExit(f'error: {path}/open_clip_config.json has no "{part}"')
     try:
         from safetensors.torch import load_file
-        weights = load_file(path / 'open_clip_model.safetensors')
+        weights = load_file(path / EXPORT)
     except Exception as e:
-        raise SystemExit(f'error: cannot read {path}/open_clip_model.safetensors: {e}') from None
+        raise SystemExit(f'error: cannot read {path}/{EXPORT}: {e}') from None
     vision = config['model_cfg']['vision_cfg']
     if size is not None and size != vision['image_size']:
         vision['image_size'] = size
@@ -528,7 +528,7 @@ def load_clip(path: str | os.PathLike, size: int | None = None) -> tuple[CLIP, d
         weights['visual.positional_embedding'] = resize_positions(weights['visual.positional_embedding'],
                                                                   size // vision['patch_size'])
     model = create(config['model_cfg'], config['preprocess_cfg'])
-    load_weights(model, weights, f'{path}/open_clip_model.safetensors')
+    load_weights(model, weights, f'{path}/{EXPORT}')
     text = config['model_cfg']['text_cfg']
     tokenizer = data.read_tokenizer(path / 'tokenizer.json', text['context_length'], text.get('tokenizer_mode') or 'eot')
     return model.eval(), tokenizer
@@ -563,7 +563,7 @@ def export(model: CLIP, tokenizer: data.Tokenizer, out: Path) -> None:
     files = {'open_clip_config.json': json.dumps(config, indent=2), **tokenizer.files()}
     for name, text in files.items():
         write(out / name, lambda file: file.write_text(text, encoding='utf-8'))
-    write(out / 'open_clip_model.safetensors', lambda file: save_file(weights, file, metadata={'format': 'pt'}))
+    write(out / EXPORT, lambda file: save_file(weights, file, metadata={'format': 'pt'}))
 
 
 def write(path: Path, writer, keep_previous: bool = False) -> None:
@@ -769,19 +769,21 @@ class Run:
         self.settings = {**dataclasses.asdict(cfg), 'resume': False, 'overwrite': False}
         self.handlers = {number: signal.signal(number, self.on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
 
-    def introduce(self, pairs: data.Pairs, world: int, device: torch.device, first_step: int) -> None:
+    def introduce(self, pairs: data.Pairs, world: int, device: torch.device) -> None:
         """The first output; and the files of the run, as they belong to the step that it begins with. (All ranks have
         looked at --out by now: they have met in DDP's constructor.)"""
-        cfg = self.cfg
+        cfg, first_step = self.cfg, self.saved_step
         try:
             self.out.mkdir(parents=True, exist_ok=True)
         except OSError as e:
             raise SystemExit(f'error: --out {self.out}: {e}') from None
         if not first_step:
             worth_keeping = any((self.out / name).exists() for name in (*STATE_FILES, EXPORT))
-            for name in RUN_FILES:
-                if (self.out / name).exists():
-                    os.replace(self.out / name, self.out / f'replaced_{name}') if worth_keeping else (self.out / name).unlink()
+            for file in [self.out / name for name in RUN_FILES if (self.out / name).exists()]:
+                if worth_keeping:
+                    os.replace(file, file.with_name(f'replaced_{file.name}'))
+                else:
+                    file.unlink()
         about = {'config': self.settings, 'commit': commit(), 'versions': versions(), 'processes': world}
         write(self.out / 'train_config.json', lambda f: f.write_text(json.dumps(about, indent=2), encoding='utf-8'))
         log = self.out / 'log.jsonl'

@@ -383,7 +383,7 @@ def from_torchvision(name: str, split: str, root: str, download: bool, overridde
         try:
             image, label = images[number]
         except (UnidentifiedImageError, OSError, SyntaxError) as e:
-            raise ValueError(f'cannot decode image {number} of torchvision\'s {name}: {e}') from None
+            raise BadImage(f'cannot decode image {number} of torchvision\'s {name}: {e}') from None
         if not isinstance(image, Image.Image) or not isinstance(label, (int, np.integer)):
             raise SystemExit(f'error: --data {name}: its items are {type(image).__name__} and {type(label).__name__}, '
                              f'not an image and a class number')
@@ -419,6 +419,10 @@ def caption_set(data: str, split: str = 'test') -> CaptionSet:
 
 
 # ---------------------------------------------------------------------------------------------------------- pixels
+class BadImage(ValueError):
+    """An image that cannot be decoded; the message names it."""
+
+
 def read_image(file: Path | io.BytesIO, name: str = '') -> Image.Image:
     """Decodes to RGB: alpha on white, 16-bit scaled to 8, palette and CMYK converted. Names the file if it cannot."""
     try:
@@ -426,7 +430,7 @@ def read_image(file: Path | io.BytesIO, name: str = '') -> Image.Image:
             image.load()
             return to_rgb(image)
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
-        raise ValueError(f'cannot decode the image {name or file}: {e}') from None
+        raise BadImage(f'cannot decode the image {name or file}: {e}') from None
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

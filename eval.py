@@ -371,7 +371,7 @@ def show(args: argparse.Namespace, rank: int, world: int, device: torch.device) 
     names = [name.strip() for name in args.labels.split(',') if name.strip()]
     if len(set(names)) != len(names) or len(names) < 2:
         raise SystemExit(f"error: --labels {args.labels!r}: at least 2 different texts, separated by commas: 'a cat,a dog'")
-    image, eps, rows, results = read_one(args.image), args.eps[0], [], []
+    image, eps, rows, results = data.read_image(Path(args.image)), args.eps[0], [], []
     for path in args.dirs:
         classifier = Classifier(path, device).embed_classes(names, lambda name: [name])
         x = classifier.pixels(image)[None]
@@ -379,7 +379,12 @@ def show(args: argparse.Namespace, rank: int, world: int, device: torch.device) 
             y = torch.tensor([names.index(args.label)], device=device) if args.label in names else classifier(x).argmax(1)
             if args.label and args.label not in names:
                 raise SystemExit(f'error: --label {args.label}: not one of --labels {args.labels}')
-        x_adv = attack(args.attack, classifier, x, y, eps / 255, [0], args.seed, args.batch_size) if args.attack != 'none' else x
+        with progress(args, rank, 1, Path(path).name) as bar:
+            def logits(images: Tensor, rows: Tensor) -> Tensor:
+                bar.update(len(images))
+                return classifier(images)
+            x_adv = attack(args.attack, logits, x, y, eps / 255, [0], args.seed, args.batch_size) if args.attack != 'none' else x
+            bar.update(bar.total - bar.n)
         with torch.no_grad():
             before, after = (classifier(z)[0].softmax(0).tolist() for z in (x, x_adv))
         seen = [names[max(range(len(names)), key=p.__getitem__)] for p in (before, after)]
@@ -394,13 +399,6 @@ def show(args: argparse.Namespace, rank: int, world: int, device: torch.device) 
     pictures(Path(args.plot), rows, Path(args.image).name)
     say(f'picture: {args.plot}')
     return {'n': 1, 'image': args.image, 'results': results}
-
-
-def read_one(file: str):
-    try:
-        return data.read_image(Path(file))
-    except ValueError as e:
-        raise SystemExit(f'error: --image: {e}') from None
 
 
 # ================================================================================================================ audit
@@ -428,25 +426,16 @@ def audit(args: argparse.Namespace, rank: int, world: int, device: torch.device)
         results.append({'dir': str(path), 'data': args.data[0], 'n': len(numbers), 'eps': eps, 'passed': not failed, 'checks': checks})
         if rank == 0:
             say(f'audit of {path}: {args.data[0]} {args.split}, n = {len(numbers)}, ε = {eps:g}/255, tolerance 1 point (1 image if n < 100)')
-            table(['check', 'figure', 'verdict'], [[c['check'], c['figure'], c['verdict']] for c in checks], right=False)
+            table(['check', 'verdict', 'figure (robust accuracy, if in %)'], [[c['check'], c['verdict'], c['figure']] for c in checks])
             say(f'{path}: ' + (f'{len(failed)} of {len(checks)} checks FAIL: {"; ".join(c["check"] for c in failed)}' if failed else
                                f'all {sum(c["verdict"] == "PASS" for c in checks)} checks PASS'))
     return {'n': len(numbers), 'results': results, 'exit': int(any(not r['passed'] for r in results))}
 
 
-CHECKS = {  # each key is what holds for an honest model; after Athalye et al. 2018 (arXiv 1802.00420) and Carlini et al. 2019 (1902.06705)
-    'deterministic': 'the same images twice, the same logits',
-    'cross-entropy has a gradient': 'share of the correct images where it is exactly 0 in float32',
-    'gradient agrees with finite differences': 'median relative error along random directions',
-    'attack raises the loss': 'share of images whose loss PGD leaves below its start',
-    '100 steps not weaker than 20': 'robust accuracy under APGD',
-    '5 restarts not weaker than 1': 'robust accuracy under APGD',
-    'many steps not weaker than one': 'robust accuracy under APGD and FGSM',
-    'random noise hurts less': 'accuracy under the ensemble and under noise ±ε',
-    'Square not stronger than white box': 'robust accuracy under the ensemble and under Square',
-    'transfer not stronger than white box': 'robust accuracy under the ensemble and images made on another run',
-    'accuracy falls with ε': 'robust accuracy under APGD at ε/2, ε, 2 ε, 4 ε',
-    'ε = 1 leaves nothing': 'robust accuracy under APGD with every image within reach'}
+CHECKS = (  # what holds for an honest model; after Athalye et al. 2018 (arXiv 1802.00420) and Carlini et al. 2019 (1902.06705)
+    'deterministic', 'cross-entropy has a gradient', 'gradient agrees with finite differences', 'attack raises the loss',
+    '100 steps not weaker than 20', '5 restarts not weaker than 1', 'many steps not weaker than one', 'random noise hurts less',
+    'Square not stronger than white box', 'transfer not stronger than white box', 'accuracy falls with ε', 'ε = 1 leaves nothing')
 
 
 def audit_checks(logits, x: Tensor, y: Tensor, eps: float, names: list[int], seed: int, batch_size: int, source=None, bar=None,
@@ -466,7 +455,8 @@ def audit_checks(logits, x: Tensor, y: Tensor, eps: float, names: list[int], see
         return sum(gather(int(torch.as_tensor(flags).sum()))) / total
 
     def verdict(name: str, ok: bool | None, figure: str) -> None:
-        checks.append({'check': name, 'figure': f'{figure} ({CHECKS[name]})', 'verdict': 'SKIP' if ok is None else 'PASS' if ok else 'FAIL'})
+        assert name in CHECKS
+        checks.append({'check': name, 'figure': figure, 'verdict': 'SKIP' if ok is None else 'PASS' if ok else 'FAIL'})
         if bar is not None:
             bar.update()
 
@@ -497,12 +487,12 @@ def audit_checks(logits, x: Tensor, y: Tensor, eps: float, names: list[int], see
 
     with torch.no_grad():
         difference = max(gather(max([float((logits(a) - logits(a)).abs().max()) for a in x.split(batch_size)], default=0.)))
-    verdict('deterministic', difference == 0, f'largest difference {difference:.2g}')
+    verdict('deterministic', difference == 0, f'the same images twice: logits differ by {difference:.2g}')
 
     flat = gradient_of(lambda z, label: torch.nn.functional.cross_entropy(z, label, reduction='none'), x).flatten(1).abs().amax(1) == 0
     clean = share(correct(x))
     stuck = share(flat & correct(x)) / max(clean, 1 / total)
-    verdict('cross-entropy has a gradient', stuck <= tolerance, percent(stuck) + ' %')
+    verdict('cross-entropy has a gradient', stuck <= tolerance, f'exactly 0 in float32 for {percent(stuck)} % of the correct images')
 
     # f(x + hv) − f(x − hv) against 2h⟨∇f, v⟩, at a random point of the ball, v ~ U(−1, 1); 0 against 0 counts as wrong
     at, h = starts(eps, 'differences').clamp(.002, .998), .001
@@ -514,46 +504,46 @@ def audit_checks(logits, x: Tensor, y: Tensor, eps: float, names: list[int], see
     error = (slope - measured).abs() / torch.maximum(slope.abs(), measured.abs()).clamp(min=1e-12)
     error = torch.where((slope == 0) & (measured == 0), 1., error)
     median = float(torch.tensor([e for part in gather(error.tolist()) for e in part]).median())
-    verdict('gradient agrees with finite differences', median <= .1, f'{median:.2g}')
+    verdict('gradient agrees with finite differences', median <= .1, f'median relative error {median:.2g}')
 
     begin = starts(eps, 'rises')
     end = torch.cat([attacks.pgd(lambda z: attacks.margin(logits(z), b).sum(), a, eps, eps / 10, PGD_STEPS, s) for a, b, s in
                      zip(x.split(batch_size), y.split(batch_size), begin.split(batch_size))])
     with torch.no_grad():
         fell = share(value(end) <= value(begin))
-    verdict('attack raises the loss', fell <= tolerance, percent(fell) + ' %')
+    verdict('attack raises the loss', fell <= tolerance, f'PGD leaves {percent(fell)} % of the images below their start')
 
     few, many = under_apgd(eps, 'few steps', max(iterations // 5, 1)), under_apgd(eps, 'many steps')
-    verdict('100 steps not weaker than 20', many <= few + tolerance, f'{percent(many)} against {percent(few)} %')
+    verdict('100 steps not weaker than 20', many <= few + tolerance, f'APGD: {percent(many)} against {percent(few)} %')
     one, five = under_apgd(eps, 'one restart'), under_apgd(eps, 'five restarts', restarts=5)
-    verdict('5 restarts not weaker than 1', five <= one + tolerance, f'{percent(five)} against {percent(one)} %')
+    verdict('5 restarts not weaker than 1', five <= one + tolerance, f'APGD: {percent(five)} against {percent(one)} %')
     single = (x + eps * gradient_of(attacks.margin, x).sign()).clamp(0, 1)
     fgsm = share(correct(single) & correct(x))
-    verdict('many steps not weaker than one', many <= fgsm + tolerance, f'{percent(many)} against {percent(fgsm)} %')
+    verdict('many steps not weaker than one', many <= fgsm + tolerance, f'APGD {percent(many)}, FGSM {percent(fgsm)} %')
 
     found = attacks.ensemble(lambda images, rows: logits(images), x, y, eps, lambda restart, row: data.generator(seed, f'audit ensemble {restart}', names[row]),
                              iterations=iterations, batch_size=batch_size)
     white = share(~found.done)
     noisy = share(correct(x) & correct(starts(eps, 'noise')))
-    verdict('random noise hurts less', white <= noisy + tolerance, f'{percent(white)} against {percent(noisy)} %')
+    verdict('random noise hurts less', white <= noisy + tolerance, f'ensemble {percent(white)}, noise {percent(noisy)} %')
     rows = correct(x).nonzero()[:, 0]
     blind = attacks.square(lambda z, idx: loss(z, rows[idx]), x[rows], eps, [data.generator(seed, 'audit square', names[i]) for i in rows.tolist()],
                            queries, batch_size) if len(rows) else None
     square = share(~blind.done if blind else [])
-    verdict('Square not stronger than white box', white <= square + tolerance, f'{percent(white)} against {percent(square)} %')
+    verdict('Square not stronger than white box', white <= square + tolerance, f'ensemble {percent(white)}, Square {percent(square)} %')
     if source is None:
         verdict('transfer not stronger than white box', None, 'no other run was given; name a second DIR, or --transfer_from DIR')
     else:
         never = lambda z, idx: (attacks.margin(source(z), y[idx]), y[idx] < 0)  # to the highest loss, which transfers best
         foreign = attacks.apgd(never, x, eps, starts(eps, 'transfer'), iterations, batch_size=batch_size).images
         transfer = share(correct(x) & correct(foreign))
-        verdict('transfer not stronger than white box', white <= transfer + tolerance, f'{percent(white)} against {percent(transfer)} %')
+        verdict('transfer not stronger than white box', white <= transfer + tolerance, f'ensemble {percent(white)}, transfer {percent(transfer)} %')
 
     at_radius = [under_apgd(min(f * eps, 1.), f'radius {f}') for f in (.5, 1, 2, 4)]
     verdict('accuracy falls with ε', all(b <= a + tolerance for a, b in zip([clean, *at_radius], at_radius)),
-            ', '.join(map(percent, at_radius)) + ' %')
+            f'APGD at ε/2, ε, 2 ε, 4 ε: {", ".join(map(percent, at_radius))} %')
     everything = under_apgd(1., 'everything')
-    verdict('ε = 1 leaves nothing', everything <= tolerance, percent(everything) + ' %')
+    verdict('ε = 1 leaves nothing', everything <= tolerance, f'APGD: {percent(everything)} %')
     return checks
 
 
@@ -619,10 +609,10 @@ def progress(args, rank: int, n: int, name: str) -> tqdm:
                 mininterval=.5 if sys.stderr.isatty() else 60)
 
 
-def table(header: list[str], rows: list[list[str]], right: bool = True) -> None:
-    """A table that reads well on a terminal and is Markdown, too. right: all but the text columns are set to the right."""
+def table(header: list[str], rows: list[list[str]]) -> None:
+    """A table that reads well on a terminal and is Markdown, too. Columns of numbers are set to the right."""
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
-    text = [not right or not all(row[i].replace('.', '').isdigit() for row in rows) for i in range(len(header))]
+    text = [not all(row[i].replace('.', '').isdigit() for row in rows) for i in range(len(header))]
     line = lambda row: '| ' + ' | '.join(v.ljust(w) if t else v.rjust(w) for v, w, t in zip(row, widths, text)) + ' |'
     print('\n'.join([line(header), '|' + '|'.join('-' * (w + 1) + ('-' if t else ':') for w, t in zip(widths, text)) + '|',
                      *map(line, rows)]), flush=True)
@@ -752,6 +742,8 @@ def main(args: argparse.Namespace) -> int:
                       'device': str(device), 'processes': world, 'seed': args.seed, 'seconds': time.time() - started,
                       **{k: v for k, v in vars(args).items() if k in ('data', 'split', 'subset', 'attack', 'native', 'eps')}, **measured}
             clip_adv.write(Path(args.json), lambda file: file.write_text(json.dumps(report, indent=2), encoding='utf-8'))
+    except data.BadImage as e:
+        raise SystemExit(f'error: {e}') from None
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -248,6 +248,29 @@ def test_ensemble_wastes_nothing_and_shortens_nothing():
     attacks.check(x, found.images, .7 / 255)
 
 
+def test_every_break_is_confirmed_by_a_fresh_forward_pass():
+    """A model that is wrong only while its gradient is taken has broken nothing."""
+    network = classifier(12)
+    x, y = easy_and_hard(network, 8)
+
+    def logits(images, idx):
+        z = network(images)
+        return z.roll(1, dims=1) if torch.is_grad_enabled() else z
+    found = attacks.ensemble(logits, x, y, 1e-6, lambda restart, i: data.generator(restart, 'start', i), 2, 2, 5)
+    assert not found.done.any() and torch.equal(network(found.images).argmax(1), y)
+
+
+def test_every_restart_has_a_start_of_its_own():
+    network, asked = classifier(12), []
+    x, y = easy_and_hard(network, 3)
+
+    def noise_of(restart, i):
+        asked.append((restart, i))
+        return data.generator(restart, 'start', i)
+    attacks.ensemble(lambda z, idx: network(z), x, y, 1e-6, noise_of, 5, 9, 3)
+    assert asked == [(restart, i) for restart in range(14) for i in range(3)]
+
+
 @pytest.mark.parametrize('classes', [2, 3, 4, 6])
 def test_ensemble_with_few_classes(classes):
     """There are at most C − 1 targets."""

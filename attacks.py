@@ -178,8 +178,8 @@ def ensemble(logits, x: Tensor, y: Tensor, eps: float, noise, restarts: int = 5,
 
     logits: maps images [b, C, H, W] and idx [b], their row numbers in x, to logits [b, classes].  y: labels [N].
     noise: (restart, row number) → CPU generator of the random start.  With C classes there are at most C − 1 targets.
-    Returns Found: of a sample that survives, the image is the one with the highest margin loss of all restarts, and
-    `loss` that margin; `iterations` counts over all attacks.
+    Returns Found: of a sample that survives, the image is the one with the highest margin loss of the cross-entropy's
+    restarts, and `loss` that margin; of a broken one, `loss` is that of the attack that broke it. `iterations` counts all attacks.
     """
     with torch.no_grad():
         rows = torch.arange(len(x), device=x.device)
@@ -205,13 +205,13 @@ def ensemble(logits, x: Tensor, y: Tensor, eps: float, noise, restarts: int = 5,
         start = random_start(clean, eps, [noise(attack, i) for i in standing.tolist()])
         tried = apgd(loss, clean, eps, start, iterations, batch_size=batch_size, compact=compact)
         check(clean, tried.images, eps)
-        with torch.no_grad():  # in other batches than before: what counts is what the image does, not what a log says
-            z = torch.cat([logits(tried.images[part], standing[part]) for part in
-                           torch.arange(len(standing), device=x.device).split(batch_size)])
-        broken = z.argmax(1) != y[standing]
-        value = margin(z, y[standing])
-        keep = broken | (value > found.loss[standing])
-        found.images[standing[keep]], found.loss[standing[keep]] = tried.images[keep], value[keep]
+        broken = tried.done.clone()
+        for part in tried.done.nonzero()[:, 0].split(batch_size):  # in other batches than before: what counts is what the
+            if len(part):                                          # image does, not what an attack says of it
+                with torch.no_grad():
+                    broken[part] = logits(tried.images[part], standing[part]).argmax(1) != y[standing[part]]
+        keep = broken | (tried.loss > found.loss[standing]) if attack < restarts else broken
+        found.images[standing[keep]], found.loss[standing[keep]] = tried.images[keep], tried.loss[keep]
         found.done[standing] = broken
         found.iterations[standing] += tried.iterations
     return found

@@ -34,8 +34,8 @@ PGD_STEPS, PGD_RESTARTS = 50, 2
 ATTACKS = {  # what they are called in tables, and the forward passes that an image which survives costs
     'none': ('no attack', 0),
     'pgd': (f'PGD-{PGD_STEPS} with {PGD_RESTARTS} restarts', PGD_RESTARTS * (PGD_STEPS + 1) + 2),
-    'apgd': ('APGD-CE, 100 iterations, 1 restart', 102 + 2),
-    'ensemble': ('ensemble: APGD-CE 100 × 5, then targeted APGD-DLR 100 × 9', 14 * 102 + 2)}
+    'apgd': ('APGD-CE, 100 iterations, 1 restart', 101 + 2),
+    'ensemble': ('ensemble: APGD-CE 100 × 5, then targeted APGD-DLR 100 × 9', 14 * 101 + 2)}
 
 
 # ============================================================================================================ the model

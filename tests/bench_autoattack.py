@@ -63,10 +63,9 @@ def ours(logits, x, y, eps: float, batch_size: int) -> torch.Tensor:
 
 
 def agree(args):
+    read_report(args.report, args.seed, args.split)  # now, and not after an hour
     found = []
-    report = None
-    jobs = [(run, eps) for run in args.run for eps in args.eps]
-    for run, eps in jobs:
+    for run, eps in [(run, eps) for run in args.run for eps in args.eps]:
         logits, x, y = load(run, args.split, args.seed, args.n)
         start = time.time()
         stands = autoattack(logits, x, y, eps / 255, args.batch_size)
@@ -80,10 +79,16 @@ def agree(args):
     compare(report, args.report)
 
 
+def read_report(file, seed, split):
+    report = json.loads(Path(file).read_text())
+    if (report['seed'], report['split'], report.get('attack'), report['data']) != (seed, split, 'ensemble', ['easyvqa']):
+        raise SystemExit(f'error: --report {file}: must be of eval.py zeroshot --data easyvqa --attack ensemble --seed {seed} --split {split}')
+    return report
+
+
 def compare(autoattack_report, report_file):
     """Ours beside AutoAttack's, image by image."""
-    theirs = json.loads(Path(report_file).read_text())
-    assert (theirs['seed'], theirs['split'], theirs['attack']) == (autoattack_report['seed'], autoattack_report['split'], 'ensemble')
+    theirs = read_report(report_file, autoattack_report['seed'], autoattack_report['split'])
     for row in autoattack_report['autoattack']:
         ours = next(r for r in theirs['results'] if Path(r['dir']).name == Path(row['dir']).name)['survives'][f'{row["eps"]:g}'][:row['n']]
         both = list(zip(ours, row['survives'], strict=True))

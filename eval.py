@@ -599,7 +599,7 @@ def attack_text(args) -> str:
 
 
 def say(text: str) -> None:
-    print(textwrap.fill(text, 120), flush=True)
+    print(textwrap.fill(text, 120, break_on_hyphens=False), flush=True)
 
 
 def progress(args, rank: int, n: int, name: str) -> tqdm:

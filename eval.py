@@ -153,7 +153,7 @@ def zeroshot(args: argparse.Namespace, rank: int, world: int, device: torch.devi
     for path in args.dirs:
         classifier, own = Classifier(path, device, args.native), []
         for name in args.data:
-            images = data.class_set(name, args.split, args.root, args.download, args.classnames, args.templates)
+            images = load_set(name, args, rank)
             classifier.embed_classes(images.classes, images.prompts)
             numbers = sample(images.n, name, args, rank, keep=subset(images, name, path, args))
             mine = numbers[rank::world]  # strided: the ranks get about as many hard images each
@@ -279,7 +279,7 @@ def typographic(args: argparse.Namespace, rank: int, world: int, device: torch.d
     The name is drawn at the image's own size (enlarged to 224 pixels if it is smaller), before the model's resize.
     """
     from torchvision.transforms.v2 import functional as TF
-    images = one_set(args)
+    images = one_set(args, rank)
     numbers = sample(images.n, args.data[0], args, rank)
     mine, results, named = numbers[rank::world], [], {}  # named: number → (right class, the one that is written)
     for i in dict.fromkeys([*mine, numbers[0]]):
@@ -406,7 +406,7 @@ def audit(args: argparse.Namespace, rank: int, world: int, device: torch.device)
     """Is the robustness real? Checks for gradient masking; exit code 1 if one fails."""
     if args.attack != 'ensemble':
         raise SystemExit(f'error: --attack {args.attack}: audit compares attacks with each other and has no choice of one')
-    images, eps, results = one_set(args), args.eps[0], []
+    images, eps, results = one_set(args, rank), args.eps[0], []
     numbers = sample(images.n, args.data[0], args, rank)
     mine = numbers[rank::world]
     if len(numbers) < world:
@@ -548,15 +548,27 @@ def audit_checks(logits, x: Tensor, y: Tensor, eps: float, names: list[int], see
 
 
 # ==================================================================================================== sampling and ranks
-def one_set(args) -> data.ClassSet:
+def load_set(name: str, args, rank: int) -> data.ClassSet:
+    several = args.download and dist.is_initialized()
+    if several and rank > 0:
+        dist.barrier()  # rank 0 fetches it, the others find it
+    images = data.class_set(name, args.split, args.root, args.download, args.classnames, args.templates)
+    if several and rank == 0:
+        dist.barrier()
+    return images
+
+
+def one_set(args, rank: int) -> data.ClassSet:
     if len(args.data) > 1:
         raise SystemExit(f'error: --data {" ".join(args.data)}: {args.command} takes one data set')
-    return data.class_set(args.data[0], args.split, args.root, args.download, args.classnames, args.templates)
+    return load_set(args.data[0], args, rank)
 
 
 def sample(n: int, name: str, args, rank: int, keep: list[int] | None = None) -> list[int]:
     """The numbers of the images, drawn by --seed: the same for every batch size and run, and a larger --n only adds to them."""
     numbers = list(range(n)) if keep is None else keep
+    if not numbers:
+        raise SystemExit(f'error: {name}, split {args.split}: no image is left' + (f' by --subset {args.subset}' if keep is not None else ''))
     if args.n > len(numbers) and rank == 0:
         print(f'note: --n {args.n}: {name}, split {args.split}, has {len(numbers)} images; all of them are used', file=sys.stderr)
     order = torch.randperm(len(numbers), generator=data.generator(args.seed, 'sample', 0)).tolist()

@@ -209,6 +209,23 @@ def test_an_image_that_does_not_decode_ends_with_its_name(run, circles, tmp_path
         zeroshot(run, '--data', tmp_path / 'wds', '--attack', 'none')
 
 
+def test_two_processes_fetch_a_data_set_once(run, circles, tmp_path):
+    """--download on two processes: one fetches (here: finds it there), the other waits for it."""
+    for label, name in enumerate(('River', 'Forest')):
+        (tmp_path / 'eurosat' / '2750' / name).mkdir(parents=True)
+        for i, (_, image) in enumerate(circles[:3]):
+            image.save(tmp_path / 'eurosat' / '2750' / name / f'{i}.jpg')
+    execute(torchrun(2, ROOT / 'eval.py', 'zeroshot', str(run), '--data', 'EuroSAT', '--root', str(tmp_path), '--download', '--attack', 'none',
+                     '--n', '5', '--json', str(tmp_path / 'a.json'), '--quiet'))
+    result = json.loads((tmp_path / 'a.json').read_text())['results'][0]
+    assert (result['n'], result['classes']) == (5, 2) and len(result['survives']['0']) == 5
+
+
+def test_no_image_left():
+    with pytest.raises(SystemExit, match='no image is left by --subset held-out'):
+        evaluation.sample(9, 'x', evaluation.parse(['zeroshot', 'x', '--subset', 'held-out']), 0, keep=[])
+
+
 def test_native_attack_is_before_the_resize(run, circles, tmp_path):
     """64-pixel images in two sizes, a 16-pixel model: δ has the image's own size, and its budget holds there."""
     wider = [(label, image.resize((96, 64))) for label, image in circles]

@@ -82,6 +82,18 @@ def test_result_does_not_depend_on_the_batch_size_or_the_processes(run, tmp_path
     assert {'command', 'commit', 'versions', 'seed', 'seconds', 'attack', 'data', 'split', 'native', 'device'} <= set(a)
 
 
+@pytest.mark.gpu
+def test_cuda_agrees_with_the_cpu(run, tmp_path):
+    """Other kernels, other rounding: of 60 images at most two may fall on one device alone."""
+    arguments = ['--split', 'val', '--n', 60, '--eps', 1, 4]
+    gpu = report('zeroshot', tmp_path / 'gpu.json', run, *arguments)
+    execute([sys.executable, str(ROOT / 'eval.py'), 'zeroshot', str(run), *map(str, arguments), '--json', str(tmp_path / 'cpu.json'), '--quiet'])
+    cpu = json.loads((tmp_path / 'cpu.json').read_text())
+    assert (gpu['device'], cpu['device']) == ('cuda', 'cpu')
+    for eps, flags_ in gpu['results'][0]['survives'].items():
+        assert sum(a != b for a, b in zip(flags_, cpu['results'][0]['survives'][eps], strict=True)) <= 2
+
+
 def test_metrics():
     record = [(0, 0), (0, 0), (0, 3), (1, 7)]  # (label, classes ahead of the right one)
     assert [measure(record) for measure in evaluation.METRICS.values()] == [.5, .75, pytest.approx((2 / 3 + 0) / 2)]

@@ -166,6 +166,126 @@ def folder(path: Path, split: str) -> Pairs:
     return Pairs(files, captions, 'crop', f'{table}: {len(files)} pairs')
 
 
+# -------------------------------------------------------------------------------------------------- conversations
+IMAGE = '<image>'  # in a text: where the image's tokens go
+CAPTION_QUESTION = 'Provide a short caption for this image.'  # the prompt of the authors' evaluation
+
+
+def describe(colour: str, shape: str) -> list[str]:
+    """Five sentences that say the same two facts, for captions that a metric of n-grams can judge."""
+    return [f'there is a {colour} {shape} in the image', f'the image shows a single {colour} {shape}',
+            f'a picture of one {shape} which is {colour}', f'this is a {shape} and its color is {colour}',
+            f'a {colour} {shape} on a plain background']
+
+
+@dataclass
+class Chat:
+    """A training sample of stage 2: what was asked and answered, turn by turn, about one image or none."""
+    image: Path | None
+    turns: list[tuple[str, str]]  # (question, answer); with an image, IMAGE stands once in the questions
+    name: str                     # for errors: where it comes from
+
+
+@dataclass
+class Chats:
+    chats: list[Chat]
+    augment: str  # as in Pairs, or '' for none
+    note: str
+
+    def __len__(self) -> int:
+        return len(self.chats)
+
+
+def load_chats(data: str, split: str = 'train', image_root: str = '', captions: bool = False, turns: int = 1) -> Chats:
+    """data: 'easyvqa', or a JSON file in LLaVA's format, whose images lie in image_root.
+
+    captions (easyvqa): pairs of image and sentence, for the projector; else questions, `turns` to a chat, and captions among them.
+    """
+    return easyvqa_chats(split, captions, turns) if data == 'easyvqa' else llava_json(Path(data), Path(image_root))
+
+
+def easyvqa_split(split: str) -> tuple[dict[int, tuple[str, str]], list[tuple[str, str, int]], Path]:
+    """(facts of the captioned images, questions (question, answer, image), folder of the images) of a split.
+
+    val: the images of easyvqa's --split val, which stage 1 has not seen either.
+    """
+    published = 'test' if split == 'test' else 'train'
+    facts, _ = easyvqa_facts(published)
+    import easy_vqa
+    asked = list(zip(*(easy_vqa.get_test_questions() if split == 'test' else easy_vqa.get_train_questions())))
+    root = easyvqa_root() / published / 'images'
+    if split != 'test':
+        val = {int(file.stem) for file in easyvqa('val').files}
+        facts = {i: fact for i, fact in facts.items() if (i in val) == (split == 'val')}
+        asked = [a for a in asked if (a[2] in val) == (split == 'val')]
+    return facts, asked, root
+
+
+def easyvqa_chats(split: str, captions: bool, turns: int) -> Chats:
+    facts, asked, root = easyvqa_split(split)
+    chats = []
+    if captions:
+        for i, fact in sorted(facts.items()):
+            chats += [Chat(root / f'{i}.png', [(IMAGE, sentence)], f'easyvqa, image {i}') for sentence in describe(*fact)]
+        return Chats(chats, 'shapes', f'easyvqa: {len(facts)} images with 5 sentences each')
+    of: dict[int, list[tuple[str, str]]] = {}
+    for question, answer, i in asked:
+        of.setdefault(i, []).append((question, answer))
+    for i, questions in sorted(of.items()):
+        order = torch.randperm(len(questions), generator=generator(0, 'easyvqa turns', i)).tolist()
+        if i in facts:  # two of the sentences, so that a sixth of the answers are captions
+            pick = torch.randperm(5, generator=generator(0, 'easyvqa sentence', i)).tolist()
+            chats += [Chat(root / f'{i}.png', [(f'{IMAGE}\n{CAPTION_QUESTION}', describe(*facts[i])[s])], f'easyvqa, image {i}')
+                      for s in pick[:2]]
+        for start in range(0, len(questions), turns):
+            part = [questions[q] for q in order[start:start + turns]]
+            part[0] = (f'{IMAGE}\n{part[0][0]}', part[0][1])
+            chats.append(Chat(root / f'{i}.png', part, f'easyvqa, image {i}'))
+    return Chats(chats, 'shapes', f'easyvqa: {len(chats)} conversations about {len(of)} images, {len(asked)} questions and '
+                                  f'{2 * len(facts)} captions')
+
+
+def llava_json(file: Path, image_root: Path) -> Chats:
+    """[{"id", "image" (a path below image_root; absent: text only), "conversations": [{"from": "human" | "gpt", "value"}]}]"""
+    try:
+        rows = json.loads(file.read_text(encoding='utf-8'))
+    except (OSError, ValueError) as e:
+        raise SystemExit(f"error: --data {file}: {e}; expected 'easyvqa' or a JSON file in LLaVA's format") from None
+    if not isinstance(rows, list) or not rows:
+        raise SystemExit(f'error: --data {file}: expected a list of conversations, got {type(rows).__name__} of length '
+                         f'{len(rows) if hasattr(rows, "__len__") else 0}')
+    chats = []
+    for number, row in enumerate(rows):
+        name = f'{file}, entry {number}'
+        try:
+            name += f' (id {row.get("id", "none")})'
+            said = [(turn['from'], turn['value'].strip()) for turn in row['conversations']]
+            image = image_root / row['image'] if row.get('image') else None
+        except (KeyError, TypeError, AttributeError) as e:
+            raise SystemExit(f'error: {name}: {type(e).__name__}: {e}; expected {{"image": …, "conversations": '
+                             f'[{{"from": "human", "value": …}}, {{"from": "gpt", "value": …}}, …]}}') from None
+        if said and said[0][0] == 'gpt':
+            said = said[1:]  # some published ones open with an answer
+        roles = [role for role, _ in said]
+        if not said or roles != ['human', 'gpt'] * (len(said) // 2):
+            raise SystemExit(f'error: {name}: the turns are {", ".join(roles) or "none"}; must be human, gpt, human, gpt, …')
+        turns = [(q, a) for (_, q), (_, a) in zip(said[::2], said[1::2])]
+        if any(IMAGE in a for _, a in turns):
+            raise SystemExit(f'error: {name}: {IMAGE} in an answer; it may stand in a question only')
+        places = sum(q.count(IMAGE) for q, _ in turns)
+        if isinstance(row.get('image'), list) or places > 1:
+            raise SystemExit(f'error: {name}: two images in one sample ({places} × {IMAGE}); one is supported')
+        if image is not None and not image.is_file():
+            raise SystemExit(f'error: {name}: no file {image}; see --image_root')
+        if image is None and places:
+            raise SystemExit(f'error: {name}: {IMAGE} in a question, and no "image"')
+        if image is not None and not places:
+            turns[0] = (f'{IMAGE}\n{turns[0][0]}', turns[0][1])
+        chats.append(Chat(image, turns, name))
+    without = sum(chat.image is None for chat in chats)
+    return Chats(chats, '', f'{file}: {len(chats)} conversations' + (f', {without} of them without an image' if without else ''))
+
+
 # ------------------------------------------------------------------------------------------- labelled images, to evaluate on
 @dataclass
 class ClassSet:

@@ -334,9 +334,9 @@ def main(cfg: Config, given: set[str] | None = None) -> None:
     if state is not None:
         optimizer.load_state_dict(state['optimizer'])
         first_step = state['step']
-    run = Run(cfg, model, tokenizer, optimizer, rank, first_step)
+    run = Run(cfg, model, tokenizer, optimizer, rank, first_step, cfg.steps)
     if rank == 0:
-        run.introduce(pairs, world, device)
+        run.introduce(run.arithmetic(pairs, world), world, device)
     batches = data.batches(pairs, tokenizer, model.visual.size, model.preprocess_cfg, batch_size=cfg.batch_size,
                            first_step=first_step, last_step=cfg.steps, seed=cfg.seed, rank=rank, world=world,
                            workers=cfg.workers)
@@ -393,7 +393,7 @@ def main(cfg: Config, given: set[str] | None = None) -> None:
 
         # 4. Log, save, and stop when asked to, all ranks at the same step.
         if logging:
-            run.log(step + 1, bar, loss_adv=loss.item(), loss_clean=loss_clean, eps=eps * 255, alpha=alpha * 255, k=k,
+            run.log(step + 1, bar, cfg.batch_size, loss_adv=loss.item(), loss_clean=loss_clean, eps=eps * 255, alpha=alpha * 255, k=k,
                     lr=lr_at(cfg, step), grad_norm=grad_norm.item(), logit_scale=model.logit_scale.exp().item(),
                     attack_ms=attack_ms, train_ms=train_ms)
         stop = run.signal_received(device)
@@ -403,7 +403,7 @@ def main(cfg: Config, given: set[str] | None = None) -> None:
             bar.close()
             run.leave(step + 1, stop, world)
     bar.close()
-    run.finish()
+    run.finish(f'{cfg.out} opens in open_clip as local-dir:{cfg.out}; measure it with: python eval.py zeroshot {cfg.out}')
 
 
 # ====================================================================================================================
@@ -702,19 +702,19 @@ RUN_FILES = (*STATE_FILES, EXPORT, 'open_clip_config.json', 'tokenizer.json', 't
 FREE_ON_RESUME = {'out', 'resume', 'overwrite', 'workers', 'compile', 'log_every', 'save_every'}  # change no result
 
 
-def open_run(cfg, given: set[str] | None) -> tuple[dict | None, object]:
-    """(the state to resume or None, the configuration that holds). Changes nothing on the disk: what --overwrite replaces
+def open_run(cfg, given: set[str] | None, files: tuple[str, ...] = RUN_FILES) -> tuple[dict | None, object]:
+    """(the state to resume or None, the configuration that holds). files: what a run consists of, its weights third. Changes nothing on the disk: what --overwrite replaces
     is put aside when training begins (Run.introduce), and deleted with the first checkpoint of the new run (Run.save)."""
-    out, state = Path(cfg.out), None
+    out, state, model = Path(cfg.out), None, files[2]
     saved = [out / name for name in STATE_FILES]
     if cfg.resume and cfg.overwrite:
         raise SystemExit('error: --resume and --overwrite exclude each other')
     resume = cfg.resume or int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)) > 0  # torchrun restarted us: go on
-    exists = any((out / name).exists() for name in RUN_FILES)
+    exists = any((out / name).exists() for name in files)
     if resume:
         state = load_state(saved)
-        if state is None and (out / EXPORT).exists():
-            raise SystemExit(f'error: --resume: --out {out} holds a model ({EXPORT}) but no train_state.pt to continue from; '
+        if state is None and (out / model).exists():
+            raise SystemExit(f'error: --resume: --out {out} holds a model ({model}) but no train_state.pt to continue from; '
                              f'give another --out (and --init {out} to start from that model)')
         if state is not None:
             old = state['config']
@@ -759,27 +759,39 @@ def load_state(files: list[Path]) -> dict | None:
 
 
 class Run:
-    """What happens around a step: first output, log lines, checkpoints, signals."""
+    """What happens around a step: first output, log lines, checkpoints, signals. Stage 2 has its own files and says other things."""
+    FILES = RUN_FILES
 
-    def __init__(self, cfg: Config, model: CLIP, tokenizer: data.Tokenizer, optimizer, rank: int, first_step: int):
-        self.cfg, self.model, self.tokenizer, self.optimizer, self.rank = cfg, model, tokenizer, optimizer, rank
+    def __init__(self, cfg: Config, model: CLIP, tokenizer: data.Tokenizer, optimizer, rank: int, first_step: int, steps: int):
+        self.cfg, self.model, self.tokenizer, self.optimizer, self.rank, self.steps = cfg, model, tokenizer, optimizer, rank, steps
         self.out, self.saved_step, self.started, self.signal = Path(cfg.out), first_step, time.time(), 0
         self.last_log = (time.time(), first_step)
         # what makes the run what it is; not how this process came to it
         self.settings = {**dataclasses.asdict(cfg), 'resume': False, 'overwrite': False}
         self.handlers = {number: signal.signal(number, self.on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
 
-    def introduce(self, pairs: data.Pairs, world: int, device: torch.device) -> None:
+    def arithmetic(self, pairs: data.Pairs, world: int) -> str:
+        """What is trained on what, and what an update costs, for the first output."""
+        cfg, n = self.cfg, sum(p.numel() for p in self.model.parameters())
+        attack = (f'ε {cfg.eps:g}/255, α {cfg.alpha:g}/255 × {cfg.k} steps; {cfg.k + 1} forward-backward passes per update at '
+                  f'full strength' if cfg.eps else 'ε 0: no attack; 1 forward-backward pass per update')
+        cut = self.tokenizer.too_long(pairs.captions)
+        return (pairs.note + f'\nwarning: {cut} of {len(pairs)} captions are cut at {self.tokenizer.context} tokens; see --context' * (cut > 0) +
+                f'\nCLIP with {n / 1e6:.2f} M parameters at {self.model.visual.size} px, {self.tokenizer.vocab_size} token ids\n'
+                f'global batch {cfg.batch_size} = {world} process{"es" * (world > 1)} × {cfg.batch_size // world}; {attack}; '
+                f'{cfg.steps} updates = {cfg.steps * cfg.batch_size / len(pairs):.1f} epochs of {len(pairs)} pairs')
+
+    def introduce(self, arithmetic: str, world: int, device: torch.device) -> None:
         """The first output; and the files of the run, as they belong to the step that it begins with. (All ranks have
         looked at --out by now: they have met in DDP's constructor.)"""
-        cfg, first_step = self.cfg, self.saved_step
+        first_step = self.saved_step
         try:
             self.out.mkdir(parents=True, exist_ok=True)
         except OSError as e:
             raise SystemExit(f'error: --out {self.out}: {e}') from None
         if not first_step:
-            worth_keeping = any((self.out / name).exists() for name in (*STATE_FILES, EXPORT))
-            for file in [self.out / name for name in RUN_FILES if (self.out / name).exists()]:
+            worth_keeping = any((self.out / name).exists() for name in self.FILES[:3])
+            for file in [self.out / name for name in self.FILES if (self.out / name).exists()]:
                 if worth_keeping:
                     os.replace(file, file.with_name(f'replaced_{file.name}'))
                 else:
@@ -791,26 +803,18 @@ class Run:
         kept = [line for line in lines if line.endswith('}') and json.loads(line)['step'] <= first_step]
         write(log, lambda f: f.write_text(''.join(line + '\n' for line in kept)))
         if first_step:
-            export(self.model, self.tokenizer, self.out)
-        n = sum(p.numel() for p in self.model.parameters())
-        attack = (f'ε {cfg.eps:g}/255, α {cfg.alpha:g}/255 × {cfg.k} steps; {cfg.k + 1} forward-backward passes per update at '
-                  f'full strength' if cfg.eps else 'ε 0: no attack; 1 forward-backward pass per update')
+            self.export(first_step)
         print(textwrap.fill(', '.join(f'{name} {value!r}' for name, value in self.settings.items()), 120))
-        print(f'commit {about["commit"]}, {", ".join(f"{k} {v}" for k, v in about["versions"].items())}, {device}\n{pairs.note}')
-        if cut := self.tokenizer.too_long(pairs.captions):
-            print(f'warning: {cut} of {len(pairs)} captions are cut at {self.tokenizer.context} tokens; see --context')
-        print(f'CLIP with {n / 1e6:.2f} M parameters at {self.model.visual.size} px, {self.tokenizer.vocab_size} token ids\n'
-              f'global batch {cfg.batch_size} = {world} process{"es" * (world > 1)} × {cfg.batch_size // world}; {attack}; '
-              f'{cfg.steps} updates = {cfg.steps * cfg.batch_size / len(pairs):.1f} epochs of {len(pairs)} pairs'
+        print(f'commit {about["commit"]}, {", ".join(f"{k} {v}" for k, v in about["versions"].items())}, {device}\n{arithmetic}'
               + (f'; continuing after update {first_step}' if first_step else ''), flush=True)
 
-    def log(self, step: int, bar: tqdm, **row) -> None:
+    def log(self, step: int, bar: tqdm, batch_size: int, **row) -> None:
         """One line in log.jsonl; see README for what the quantities mean."""
         if self.rank > 0:
             return
         now, (before, step_before) = time.time(), self.last_log
         self.last_log = (now, step)
-        seen = (step - step_before) * self.cfg.batch_size
+        seen = (step - step_before) * batch_size
         peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else peak_rss()
         row = {'step': step, **row, 'images_per_s': seen / (now - before), 'peak_memory_mb': peak / 2**20}
         with open(self.out / 'log.jsonl', 'a') as file:
@@ -821,14 +825,20 @@ class Run:
     def save(self, step: int) -> None:
         """train_state.pt first, since all else can be derived from it."""
         if self.rank == 0:
-            state = {'step': step, 'config': self.settings, 'model': self.model.state_dict(),
-                     'optimizer': self.optimizer.state_dict(), 'model_cfg': self.model.model_cfg,
-                     'preprocess_cfg': self.model.preprocess_cfg, 'tokenizer': self.tokenizer.backend.to_str()}
+            state = {'step': step, 'config': self.settings, 'optimizer': self.optimizer.state_dict(), **self.contents()}
             write(self.out / 'train_state.pt', lambda file: torch.save(state, file), keep_previous=True)
-            export(self.model, self.tokenizer, self.out)
-            for name in RUN_FILES:  # what --overwrite put aside
+            self.export(step)
+            for name in self.FILES:  # what --overwrite put aside
                 (self.out / f'replaced_{name}').unlink(missing_ok=True)
         self.saved_step = step
+
+    def contents(self) -> dict:
+        """What a checkpoint holds beside step, settings and optimizer."""
+        return {'model': self.model.state_dict(), 'model_cfg': self.model.model_cfg, 'preprocess_cfg': self.model.preprocess_cfg,
+                'tokenizer': self.tokenizer.backend.to_str()}
+
+    def export(self, step: int) -> None:
+        export(self.model, self.tokenizer, self.out)
 
     def on_signal(self, number, frame) -> None:
         self.signal = number
@@ -845,7 +855,7 @@ class Run:
     def leave(self, step: int, number: int, world: int) -> None:
         if self.rank == 0:
             launcher = f'torchrun --nproc_per_node {world} ' if dist.is_initialized() else 'python '
-            print(f'{signal.Signals(number).name}: saved after update {step} of {self.cfg.steps}. Continue with\n'
+            print(f'{signal.Signals(number).name}: saved after update {step} of {self.steps}. Continue with\n'
                   f'  {launcher}{shlex.quote(sys.argv[0])} --out {shlex.quote(str(self.out))} --resume', flush=True)
         if dist.is_initialized():
             dist.barrier()
@@ -857,13 +867,12 @@ class Run:
         raise SystemExit(f'error: update {step + 1}: the loss is {loss:g} and the gradient norm {grad_norm:g}; stopped, {kept}. '
                          f'Try a lower --lr or a longer --warmup')
 
-    def finish(self) -> None:
+    def finish(self, what_now: str) -> None:
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
         if self.rank == 0:
             seconds = time.time() - self.started
-            print(f'done: {self.cfg.steps} updates, {seconds / 60:.1f} minutes; {self.out} opens in open_clip as '
-                  f'local-dir:{self.out}; measure it with: python eval.py zeroshot {self.out}')
+            print(f'done: {self.steps} updates, {seconds / 60:.1f} minutes; {what_now}')
         if dist.is_initialized():
             dist.barrier()
             dist.destroy_process_group()

@@ -24,6 +24,7 @@ import numpy as np
 import torch
 import torchvision
 from PIL import Image, UnidentifiedImageError
+from tokenizers import AddedToken, Regex
 from tokenizers import Tokenizer as HFTokenizer
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 from torchvision.transforms.v2 import functional as TF
@@ -585,6 +586,16 @@ def resize(image: Image.Image | torch.Tensor, size: int, interpolation: str, res
     return image
 
 
+def pad_to_square(image: Image.Image, colour: list[float]) -> Image.Image:
+    """The image in the middle of a square of the colour (in [0, 1]), as LLaVA 1.5 does it, so that nothing is cut off."""
+    side = max(image.size)
+    if image.size == (side, side):
+        return image
+    square = Image.new('RGB', (side, side), tuple(int(c * 255) for c in colour))
+    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+    return square
+
+
 def shift_and_flip(image: torch.Tensor, g: torch.Generator) -> torch.Tensor:
     """For easy-VQA: mirror, and move by up to a sixteenth of the side. Triangles stand upright, so no vertical flip."""
     reach = image.shape[-1] // 16
@@ -653,17 +664,49 @@ class Order:
             yield [(permutation(number // self.n)[number % self.n], number) for number in numbers]
 
 
-def batches(pairs: Pairs, tokenizer, size: int, preprocess: dict, *, batch_size: int, first_step: int, last_step: int,
-            seed: int, rank: int = 0, world: int = 1, workers: int = 0):
-    """Iterates (images uint8 [b, 3, size, size], token ids int64 [b, L]) for the steps first_step … last_step − 1.
+def batches(pairs: Pairs, tokenizer, size: int, preprocess: dict, **how):
+    """Iterates (images uint8 [b, 3, size, size], token ids int64 [b, L]); how: see stream."""
+    return stream(PairDataset(pairs, tokenizer, size, preprocess, how['seed']), len(pairs), **how)
+
+
+def stream(dataset, n: int, *, batch_size: int, first_step: int, last_step: int, seed: int, rank: int = 0, world: int = 1,
+           workers: int = 0, collate=None):
+    """The dataset's items in Order, for the steps first_step … last_step − 1.
 
     batch_size: of all ranks together.  workers: decoding processes; 0 decodes in this one.
     """
     return torch.utils.data.DataLoader(
-        PairDataset(pairs, tokenizer, size, preprocess, seed),
-        batch_sampler=Order(len(pairs), batch_size, first_step, last_step, seed, rank, world),
-        num_workers=workers, persistent_workers=workers > 0, pin_memory=torch.cuda.is_available(),
+        dataset, batch_sampler=Order(n, batch_size, first_step, last_step, seed, rank, world),
+        num_workers=workers, persistent_workers=workers > 0, pin_memory=torch.cuda.is_available(), collate_fn=collate,
         generator=torch.Generator())  # else the loader draws its workers' seeds from the global generator
+
+
+@dataclass
+class Sample:
+    """One conversation, as the model reads it."""
+    image: torch.Tensor | None  # uint8 [3, S, S]
+    ids: list[int]              # token ids, each image token included
+    labels: list[bool]          # which of them are to be predicted
+    number: int                 # of samples since the start of (the sub-stage of) training: what its randomness is drawn from
+
+
+class ChatDataset(torch.utils.data.Dataset):
+    """Item (row, number) → Sample.   encode: Chat → (ids, labels);  fit: RGB image → uint8 [3, S, S]"""
+
+    def __init__(self, chats: Chats, encode, fit, seed: int):
+        self.chats, self.encode, self.fit_image, self.seed = chats, encode, fit, seed
+        files = {chat.image for chat in chats.chats if chat.image} if chats.augment == 'shapes' else ()
+        self.cache = {file: fit(read_image(file)) for file in sorted(files)}  # as in PairDataset
+
+    def __getitem__(self, item: tuple[int, int]) -> Sample:
+        row, number = item
+        chat = self.chats.chats[row]
+        image = None
+        if chat.image is not None:
+            image = self.cache[chat.image] if chat.image in self.cache else self.fit_image(read_image(chat.image))
+            if self.chats.augment == 'shapes':
+                image = shift_and_flip(image, generator(self.seed, 'augment', number))
+        return Sample(image, *self.encode(chat), number)
 
 
 # ------------------------------------------------------------------------------------------------------- tokenizers
@@ -757,6 +800,153 @@ def read_tokenizer(file: str | os.PathLike, context: int, mode: str = 'eot') -> 
 def tokenizer_from_text(text: str, context: int, mode: str | None) -> Tokenizer:
     """The content of a tokenizer.json → Tokenizer."""
     return Tokenizer(HFTokenizer.from_str(text), context, mode or 'eot')
+
+
+# ------------------------------------------------------------------------------------------- tokenizers of language models
+class LLMTokenizer:
+    """Text → token ids, for a language model. <image> and <pad> are added where it has none.
+
+    bos: id that starts every text, or None;  eos: id that ends an answer;  chat_template: its own (Jinja), or None.
+    """
+
+    def __init__(self, backend: HFTokenizer, bos: str | None, eos: str | None, pad: str | None = None,
+                 chat_template: str | None = None, where: str = ''):
+        self.backend, self.chat_template = backend, chat_template
+        self.backend.no_padding(), self.backend.no_truncation()
+        if eos is None or backend.token_to_id(eos) is None:
+            raise SystemExit(f'error: {where}: the tokenizer has no end-of-text token (eos_token is {eos!r}), so no answer could end; '
+                             f'name one in tokenizer_config.json')
+        if bos is not None and backend.token_to_id(bos) is None:
+            raise SystemExit(f'error: {where}: bos_token {bos!r} of tokenizer_config.json is not in the tokenizer')
+        new = [t for t in (IMAGE, pad or '<pad>') if backend.token_to_id(t) is None]
+        self.backend.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in new])
+        self.bos_token, self.eos_token, self.pad_token = bos, eos, pad or '<pad>'
+        self.bos, self.eos, self.pad, self.image = (None if t is None else backend.token_to_id(t) for t in (bos, eos, self.pad_token, IMAGE))
+        self.vocab_size = max(backend.get_vocab(with_added_tokens=True).values()) + 1
+
+    def encode(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """(ids, where each begins and ends in the text); special tokens are recognised, none is added."""
+        found = self.backend.encode(text, add_special_tokens=False)
+        return found.ids, found.offsets
+
+    def decode(self, ids: list[int]) -> str:
+        return self.backend.decode(ids, skip_special_tokens=True).strip()
+
+    def render(self, messages: list[dict], add_generation_prompt: bool) -> str:
+        """The LLM's own chat template."""
+        def refuse(message: str):
+            raise SystemExit(f'error: the chat template of the LLM: {message}')
+        return compiled(self.chat_template).render(messages=messages, add_generation_prompt=add_generation_prompt,
+                                                   bos_token=self.bos_token or '', eos_token=self.eos_token, raise_exception=refuse)
+
+    def files(self, max_length: int) -> dict[str, str]:
+        """File name → content, such that transformers' AutoTokenizer reads the same tokenizer."""
+        config = {'tokenizer_class': 'PreTrainedTokenizerFast', 'model_max_length': max_length, 'clean_up_tokenization_spaces': False,
+                  'bos_token': self.bos_token, 'eos_token': self.eos_token, 'pad_token': self.pad_token, 'image_token': IMAGE}
+        files = {'tokenizer.json': self.backend.to_str(pretty=True)}
+        if self.chat_template:
+            files['chat_template.jinja'] = config['chat_template'] = self.chat_template
+        return {**files, 'tokenizer_config.json': json.dumps({k: v for k, v in config.items() if v is not None}, indent=2)}
+
+
+@functools.lru_cache(4)
+def compiled(template: str):
+    """In Jinja's sandbox, since the template comes with the weights; the two settings are those of transformers."""
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+    return ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True).from_string(template)
+
+
+# What a language model without a template of its own is spoken to in, for the tiny one: v1 without the system sentence.
+SHORT_TEMPLATE = ("{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}USER: {{ m['content'] }} ASSISTANT:{% else %}"
+                  " {{ m['content'] }}{{ eos_token }}{% endif %}{% endfor %}")
+
+
+def train_llm_tokenizer(texts: list[str], vocab_size: int) -> LLMTokenizer:
+    """A byte-level BPE for the tiny language model."""
+    bpe = HFTokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    bpe.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=['<s>', '</s>', '<pad>', IMAGE],
+                                                       show_progress=False, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    return LLMTokenizer(bpe, '<s>', '</s>', '<pad>', SHORT_TEMPLATE)
+
+
+def read_llm_tokenizer(path: Path) -> LLMTokenizer:
+    """The tokenizer of a Hugging Face directory: tokenizer.json, or sentencepiece's tokenizer.model."""
+    config = {}
+    for name in ('config.json', 'special_tokens_map.json', 'tokenizer_config.json'):  # the last one counts
+        if (path / name).is_file():
+            try:
+                config |= {k: v for k, v in json.loads((path / name).read_text(encoding='utf-8')).items() if v is not None}
+            except ValueError as e:
+                raise SystemExit(f'error: cannot read {path / name}: {e}') from None
+    if (path / 'tokenizer.json').is_file():
+        try:
+            backend = HFTokenizer.from_file(str(path / 'tokenizer.json'))
+        except Exception as e:  # tokenizers raises nothing more specific
+            raise SystemExit(f'error: cannot read {path / "tokenizer.json"}: {e}') from None
+    elif (path / 'tokenizer.model').is_file():
+        backend = from_sentencepiece(path / 'tokenizer.model')
+    else:
+        raise SystemExit(f'error: {path} has neither tokenizer.json nor tokenizer.model')
+
+    def token(name: str) -> str | None:
+        value = config.get(f'{name}_token')
+        if value is None and isinstance(number := config.get(f'{name}_token_id'), int):
+            value = backend.id_to_token(number)
+        return value['content'] if isinstance(value, dict) else value
+    template = config.get('chat_template')
+    if (path / 'chat_template.jinja').is_file():
+        template = (path / 'chat_template.jinja').read_text(encoding='utf-8')
+    if isinstance(template, list):  # several, by name
+        template = next((t['template'] for t in template if t['name'] == 'default'), None)
+    return LLMTokenizer(backend, token('bos'), token('eos'), token('pad'), template, str(path))
+
+
+def from_sentencepiece(file: Path) -> HFTokenizer:
+    """sentencepiece's BPE (Llama, Vicuna) as a tokenizer of the tokenizers library, which also knows special tokens and offsets."""
+    import sentencepiece
+    try:
+        pieces = sentencepiece.SentencePieceProcessor(model_file=str(file))
+    except (OSError, RuntimeError) as e:
+        raise SystemExit(f'error: cannot read {file}: {e}') from None
+    n = pieces.get_piece_size()
+    vocab = {pieces.id_to_piece(i): i for i in range(n)}
+    normal = [i for i in range(n) if not (pieces.is_control(i) or pieces.is_unknown(i) or pieces.is_byte(i) or pieces.is_unused(i))]
+    ordinary = {pieces.id_to_piece(i) for i in normal}
+    merges = []  # a piece's score says when it is made, from any two pieces that make it up
+    for i in normal:
+        piece = pieces.id_to_piece(i)
+        parts = [(piece[:k], piece[k:]) for k in range(1, len(piece)) if piece[:k] in ordinary and piece[k:] in ordinary]
+        merges += [(-pieces.get_score(i), vocab[a], vocab[b], a, b) for a, b in parts]
+    merges = [(a, b) for *_, a, b in sorted(merges)]
+    unknown = pieces.id_to_piece(pieces.unk_id())
+    backend = HFTokenizer(models.BPE(vocab, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True))
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend('▁'), normalizers.Replace(' ', '▁')])
+    backend.decoder = decoders.Sequence([decoders.Replace('▁', ' '), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(' ', 1, 0)])
+    control = [pieces.id_to_piece(i) for i in range(n) if pieces.is_control(i) or pieces.is_unknown(i)]
+    backend.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in control])
+    return backend
+
+
+def from_gguf(fields: dict, where: str) -> LLMTokenizer:
+    """The tokenizer in a GGUF file.   fields: tokenizer.ggml.* without that prefix, and chat_template"""
+    tokens, kinds = fields['tokens'], fields.get('token_type') or [1] * len(fields['tokens'])
+    regex = {'smollm': None, 'default': None, 'gpt-2': None,
+             'llama-bpe': r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+             'qwen2': r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"}
+    kind = fields.get('pre', 'default')
+    if fields.get('model') != 'gpt2' or kind not in regex:
+        raise SystemExit(f'error: {where}: the tokenizer is {fields.get("model")} / {kind}; supported in GGUF files: gpt2 with '
+                         f'{", ".join(regex)}; use a directory with a tokenizer.json instead')
+    backend = HFTokenizer(models.BPE({t: i for i, t in enumerate(tokens)}, [tuple(m.split(' ', 1)) for m in fields['merges']]))
+    split = [pre_tokenizers.Split(Regex(regex[kind]), 'isolated')] if regex[kind] else \
+        [pre_tokenizers.Digits(individual_digits=True)] if kind == 'smollm' else []
+    backend.pre_tokenizer = pre_tokenizers.Sequence([*split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=regex[kind] is None)])
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens([AddedToken(t, special=True, normalized=False) for t, k in zip(tokens, kinds) if k == 3])  # 3: control
+    named = {name: tokens[fields[f'{name}_token_id']] if f'{name}_token_id' in fields else None for name in ('bos', 'eos', 'padding')}
+    return LLMTokenizer(backend, named['bos'], named['eos'], named['padding'], fields.get('chat_template'), where)
 
 
 if __name__ == '__main__':

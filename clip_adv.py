@@ -451,9 +451,16 @@ def complete(model_cfg: dict, preprocess_cfg: dict) -> tuple[dict, dict]:
 
 def create(model_cfg: dict, preprocess_cfg: dict, seed: int = 0) -> CLIP:
     """A CLIP with random weights that depend on the seed alone; the global generator is left as it was."""
+    with seeded(seed):
+        return CLIP(model_cfg, preprocess_cfg)
+
+
+@contextlib.contextmanager
+def seeded(seed: int):
+    """PyTorch's layers draw their first weights from the global generator. In here it is seeded; afterwards it is what it was."""
     with torch.random.fork_rng(devices=[]):
         torch.random.default_generator.manual_seed(seed)
-        return CLIP(model_cfg, preprocess_cfg)
+        yield
 
 
 def build(cfg: Config, given: set[str] | None, pairs: data.Pairs, state: dict | None) -> tuple[CLIP, data.Tokenizer]:

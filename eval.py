@@ -12,14 +12,19 @@ The attack is `ensemble` (attacks.py) unless --attack names a cheaper one. Logit
 number of processes change nothing but the rounding of sums.
 """
 import argparse
+import dataclasses
 import json
 import os
 import shlex
 import sys
 import textwrap
 import time
+from collections import Counter
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Callable
 
 import torch
 import torch.distributed as dist
@@ -29,6 +34,7 @@ from tqdm import tqdm
 import attacks
 import clip_adv
 import data
+import llava_adv
 
 PGD_STEPS, PGD_RESTARTS = 50, 2
 ATTACKS = {  # what they are called in tables, and the forward passes that an image which survives costs
@@ -401,6 +407,292 @@ def show(args: argparse.Namespace, rank: int, world: int, device: torch.device) 
     return {'n': 1, 'image': args.image, 'results': results}
 
 
+# ============================================================================================== a LLaVA, and what it answers
+@dataclass
+class Asked:
+    """A question about an image, and the attacks on its answer."""
+    number: int
+    image: Path
+    question: str
+    rounds: list[tuple[str, str]]   # ('away' from | 'towards', a text), or ('again', ''): from the worst image so far, in full precision
+    score: Callable[[str], float]   # of an answer; the attack wants it low
+
+
+class Answerer:
+    """A LLaVA, asked about images; or a language model alone, which is asked and shown nothing (the "no image" row)."""
+
+    def __init__(self, path: str, device: torch.device, max_new: int, batch_size: int):
+        self.path, self.device, self.max_new, self.batch_size, self.blind = path, device, max_new, batch_size, False
+        if llava_adv.is_llava(path) or not (Path(path) / 'config.json').is_file():
+            self.model, self.tokenizer = llava_adv.load_llava(path)
+            self.model.to(device).requires_grad_(False)
+            self.image_tokens, self.fit = self.model.image_tokens, llava_adv.fit(self.model)
+        else:
+            llm, self.tokenizer = llava_adv.load_llm(path, torch.float32)
+            llm.to(device).requires_grad_(False)
+            self.model = SimpleNamespace(llm=llm, embed=lambda images, ids: llm.model.embed_tokens(ids), ends=llava_adv.ends_of(llm, self.tokenizer))
+            self.blind, self.image_tokens = True, 0
+        self.prompt = llava_adv.Prompt(self.tokenizer, llava_adv.prompt_style('', self.tokenizer), self.image_tokens, 1 << 30)
+
+    def pixels(self, file: Path) -> Tensor:
+        """→ float32 [3, S, S] in [0, 1]: the pixels that the attack may change."""
+        if self.blind:
+            return torch.zeros(3, 1, 1)
+        return self.fit(data.read_image(file)).to(self.device).float() / 255
+
+    def ids(self, question: str, answer: str | None = None) -> tuple[list[int], list[bool]]:
+        return self.prompt.encode([(question if self.blind else f'{data.IMAGE}\n{question}', answer)])
+
+    def answer(self, x: Tensor, questions: list[str]) -> list[str]:
+        """Greedy answers.   x: [n, 3, S, S]"""
+        out, order = [''] * len(questions), sorted(range(len(questions)), key=lambda i: len(questions[i]))  # equal lengths together
+        for part in chunks(order, self.batch_size):
+            prompts = [self.ids(questions[i])[0] for i in part]
+            for i, tokens in zip(part, llava_adv.generate(self.model, x[part], prompts, self.max_new, self.model.ends)):
+                out[i] = self.tokenizer.decode(tokens)
+        return out
+
+    def worst(self, x: Tensor, asked: list[Asked], eps: float, threshold: float, iterations: int = 100, early: bool = True,
+              tick=lambda n: None) -> tuple[list[str], list[float], Tensor]:
+        """(answers, scores, images [n, 3, S, S]) of the worst images that the rounds find; a sample leaves once its score is at most
+        `threshold`.   METHOD.md, evaluation; RobustVLM's ensembles: APGD without random start, first step ε.
+
+        eps: in [0, 1] units.  early: looks at the answer whenever the attack changes a token that it knows, and not after a round only.
+        """
+        texts = self.answer(x, [a.question for a in asked])
+        scores, images = [a.score(t) for a, t in zip(asked, texts)], x.clone()
+        against, height = [('', '')] * len(asked), [float('-inf')] * len(asked)  # what `again` goes on with, and how far it got
+        for number in range(max((len(a.rounds) for a in asked), default=0)):
+            rows = [i for i, a in enumerate(asked) if scores[i] > threshold and number < len(a.rounds)]
+            rows = [i for i in rows if asked[i].rounds[number][0] != 'again' or against[i][0]]
+            if not rows:
+                tick(len(asked))
+                continue
+            goals = [against[i] if asked[i].rounds[number][0] == 'again' else asked[i].rounds[number] for i in rows]
+            half = self.device.type == 'cuda' and all(asked[i].rounds[number][0] == 'away' for i in rows)
+            start = torch.stack([images[i] if asked[i].rounds[number][0] == 'again' else x[i] for i in rows])
+            samples = [data.Sample(None, *self.ids(asked[i].question, text), 0) for i, (_, text) in zip(rows, goals)]
+            sign = torch.tensor([1. if way == 'away' else -1. for way, _ in goals], device=self.device)
+            first = [self.ids(asked[i].question, texts[i])[0] for i in rows]  # what it says now
+
+            def loss(z: Tensor, idx: Tensor) -> tuple[Tensor, Tensor]:
+                names = idx.tolist()
+                batch = llava_adv.collate([samples[n] for n in names], self.tokenizer.pad).to(self.device)
+                with torch.autocast(self.device.type, torch.bfloat16, enabled=half):
+                    logits = self.model.logits(z, batch)
+                value = torch.nn.functional.cross_entropy(logits, batch.targets, reduction='none')
+                value = value.new_zeros(len(names)).index_add(0, batch.rows, value)
+                done = torch.zeros(len(names), dtype=torch.bool, device=self.device)
+                if early:
+                    # the tokens that follow the prompt are known as long as they are those of the goal: an answer that differs from
+                    # the goal (away), or whose first token differs from what was said before (towards), is looked at
+                    said, seen = logits.argmax(1).tolist(), {}
+                    for row, token, target in zip(batch.rows.tolist(), said, batch.targets.tolist()):
+                        seen.setdefault(row, []).append((token, target))
+                    look = []
+                    for row, n in enumerate(names):
+                        if goals[n][0] == 'away':
+                            changed = any(token != target for token, target in seen[row])
+                        else:
+                            begins = samples[n].labels.index(True)
+                            changed = begins < len(first[n]) and seen[row][0][0] != first[n][begins]
+                        look += [row] * changed
+                    if look:
+                        spoken = self.answer(z.detach()[look], [asked[rows[names[row]]].question for row in look])
+                        for row, text in zip(look, spoken):
+                            done[row] = asked[rows[names[row]]].score(text) <= threshold
+                return sign[idx] * value, done
+
+            found = attacks.apgd(loss, x[rows], eps, start, iterations, first_step=1., batch_size=self.batch_size)
+            attacks.check(x[rows], found.images, eps)
+            spoken = self.answer(found.images, [asked[i].question for i in rows])
+            for n, (i, text) in enumerate(zip(rows, spoken)):
+                score = asked[i].score(text)
+                if score < scores[i] or score == scores[i] and goals[n][0] == 'away' and float(found.loss[n]) > height[i]:
+                    scores[i], texts[i], images[i], against[i] = score, text, found.images[n], goals[n]
+                    height[i] = float(found.loss[n]) if goals[n][0] == 'away' else float('-inf')
+            tick(len(asked))
+        return texts, scores, images
+
+
+def asked_and_attacked(args, rank: int, world: int, device: torch.device, asked: list[Asked], threshold: float, name: str, path: str,
+                       early: bool = True) -> tuple[dict, dict]:
+    """{ε: {number: (answer, score)}}, clean as ε = 0; and {ε: {number: x_adv}} of this rank's."""
+    model = Answerer(path, device, args.max_new, args.batch_size)
+    radii = [] if model.blind or args.attack == 'none' else args.eps
+    found, images = {eps: {} for eps in [0., *radii]}, {eps: {} for eps in [0., *radii]}
+    mine = asked[rank::world]
+    rounds = max(len(a.rounds) for a in asked)
+    with tqdm(total=len(mine) * (1 + len(radii) * rounds), desc=f'{Path(path).name} {name}', unit='question × round', disable=args.quiet or rank > 0,
+              mininterval=.5 if sys.stderr.isatty() else 60) as bar:
+        for pool in chunks(mine, 8 * args.batch_size):  # several batches, so that they stay full when samples leave
+            x = torch.stack([model.pixels(a.image) for a in pool])
+            texts = model.answer(x, [a.question for a in pool])
+            found[0.] |= {a.number: (t, a.score(t)) for a, t in zip(pool, texts)}
+            bar.update(len(pool))
+            for eps in radii:
+                texts, scores, worst = model.worst(x, pool, eps / 255, threshold, args.iterations, early, bar.update)
+                found[eps] |= {a.number: (t, s) for a, t, s in zip(pool, texts, scores)}
+                images[eps] |= {a.number: z for a, z in zip(pool, worst)}
+                bar.update((rounds - max(len(a.rounds) for a in pool)) * len(pool))
+    parts = gather(found)
+    return {eps: {n: v for part in parts for n, v in part[eps].items()} for eps in found}, images
+
+
+def draw(numbers: list[int], n: int, seed: int) -> list[int]:
+    """n of them by seed; a larger n only adds to them. 0: all."""
+    order = torch.randperm(len(numbers), generator=data.generator(seed, 'sample', 0)).tolist()
+    return [numbers[i] for i in order[:n or len(numbers)]]
+
+
+def questions(args, rank: int, world: int, device: torch.device, found: data.QuestionSet, groups: dict[str, list[int]], score, rounds, title: str,
+              measures: dict) -> dict:
+    """vqa, pope, sqa: the same but for the set, the score of an answer and what is reported.
+
+    groups: name → numbers of questions; n of each are drawn.  score: (answer, question) → [0, 1].  rounds: question → attacks.
+    measures: name → (answers, questions, scores) → fraction.
+    """
+    groups = {name: draw(numbers, args.n, args.seed) for name, numbers in groups.items()}
+    if not all(groups.values()):
+        raise SystemExit(f'error: --data {args.data[0]}, split {args.split}: no question is left')
+    numbers = sorted({i for of in groups.values() for i in of})
+    of = lambda i: found.questions[i]
+    asked = [Asked(i, of(i).image, of(i).question, rounds(of(i)), lambda text, i=i: score(text, of(i))) for i in numbers]
+    results = []
+    for path in args.dirs:
+        record, _ = asked_and_attacked(args, rank, world, device, asked, 0., args.command, path)
+        for group, members in groups.items():
+            row = {'dir': path, 'data': args.data[0], 'questions': group, 'n': len(members)}
+            for name, measure in measures.items():
+                value = {eps: measure([record[eps][i][0] for i in members], [of(i) for i in members], [record[eps][i][1] for i in members]) for eps in record}
+                row |= {f'clean_{name}': value[0.], f'adv_{name}': {f'{eps:g}': value[eps] for eps in value if eps}}
+            row['answers'] = {f'{eps:g}': {of(i).name: record[eps][i][0] for i in members} for eps in record}
+            results.append(row)
+    if rank == 0:
+        say(f'{title}, split {args.split}; {answer_attack_text(args)}; {found.note}')
+        for name in measures:
+            table([name, 'questions', 'n', 'clean', *(f'ε = {eps:g}' for eps in args.eps)],
+                  [[r['dir'], r['questions'], str(r['n']), percent(r[f'clean_{name}']),
+                    *(percent(r[f'adv_{name}'][f'{eps:g}']) if f'{eps:g}' in r[f'adv_{name}'] else '–' for eps in args.eps)] for r in results])
+    return {'n': len(numbers), 'results': results}
+
+
+def answer_attack_text(args) -> str:
+    if args.attack == 'none':
+        return 'no attack'
+    return f"ensemble: APGD {args.iterations} away from each distinct reference, again from the worst image, then targeted; l∞, ε in 1/255, at the model's resolution"
+
+
+def vqa(args: argparse.Namespace, rank: int, world: int, device: torch.device) -> dict:
+    """VQA accuracy, with the official normalisation of answers. A row for each run and kind of question."""
+    found = data.vqa_set(args.data[0], args.split, args.annotations, args.image_root)
+    place = {id(q): i for i, q in enumerate(found.questions)}
+    groups = {'all': list(range(len(found.questions)))}
+    if args.data[0] == 'easyvqa':
+        groups = {'what': [i for i, q in enumerate(found.questions) if q.kind == 'what'],
+                  'yes/no, balanced': [place[id(q)] for q in data.balanced(found.questions)], **groups}
+    else:
+        found.questions[:] = [dataclasses.replace(q, question=f'{q.question}\nAnswer the question using a single word or phrase.') for q in found.questions]
+    groups = {name: numbers for name, numbers in groups.items() if not args.questions or name.split(',')[0] in args.questions}
+    if not groups:
+        raise SystemExit(f"error: --questions {' '.join(args.questions)}: must be among what, yes/no, all")
+
+    def rounds(q: data.Question) -> list[tuple[str, str]]:
+        common = [answer for answer, _ in Counter(q.answers).most_common(5)]
+        return [*(('away', answer) for answer in common), ('again', ''), ('towards', 'maybe'), ('towards', 'Word')]
+    return questions(args, rank, world, device, found, groups, lambda text, q: vqa_accuracy(text, q.answers), rounds, 'VQA accuracy in %',
+                     {'accuracy': lambda answers, asked, scores: mean(scores)})
+
+
+def pope(args: argparse.Namespace, rank: int, world: int, device: torch.device) -> dict:
+    """Hallucination: is there …? yes or no. Accuracy, precision, recall, F1 and how often the answer is yes."""
+    found = data.pope_set(args.data[0], args.split, args.image_root)
+    other = {'yes': 'no', 'no': 'yes'}
+    measure = lambda key: lambda answers, asked, scores: pope_scores(answers, [q.answers[0] for q in asked])[key]
+    return questions(args, rank, world, device, found, {'yes/no': list(range(len(found.questions)))},
+                     lambda text, q: pope_scores([text], q.answers)['accuracy'],
+                     lambda q: [('away', q.answers[0]), ('again', ''), ('towards', other[q.answers[0]])], 'POPE, in %',
+                     {key: measure(key) for key in ('f1', 'accuracy', 'precision', 'recall', 'yes_rate')})
+
+
+def sqa(args: argparse.Namespace, rank: int, world: int, device: torch.device) -> dict:
+    """ScienceQA, the questions with an image: is the letter of the answer right?"""
+    found = data.sqa_set(args.data[0], args.split, args.image_root)
+    letters = lambda q: [line[0] for line in q.question.split('\n') if line[1:3] == '. ']
+    said = lambda text: text.strip().lstrip('(')[:1].upper()
+    return questions(args, rank, world, device, found, {'all': list(range(len(found.questions)))}, lambda text, q: float(said(text) == q.answers[0]),
+                     lambda q: [('away', q.answers[0]), ('again', ''), *(('towards', other) for other in letters(q) if other != q.answers[0])],
+                     'ScienceQA, accuracy in %', {'accuracy': lambda answers, asked, scores: mean(scores)})
+
+
+def caption(args: argparse.Namespace, rank: int, world: int, device: torch.device) -> dict:
+    """CIDEr-D × 100 of captions; on easyvqa also how many name the right colour and shape. --targeted: forced sentences instead."""
+    found = data.references(args.data[0], args.split, args.image_root)
+    numbers = draw(list(range(len(found.images))), args.n, args.seed)
+    if args.targeted:
+        return targeted(args, rank, world, device, found, numbers)
+    cider = Cider([found.captions[i] for i in numbers])
+    place = {i: n for n, i in enumerate(numbers)}
+    asked = [Asked(i, found.images[i], data.CAPTION_QUESTION, [*(('away', c) for c in dict.fromkeys(found.captions[i][:5])), ('again', '')],
+                   lambda text, i=i: cider.score(place[i], text)) for i in numbers]
+    facts = data.easyvqa_split(args.split)[0] if args.data[0] == 'easyvqa' else {}
+    fact_of = {i: facts[int(found.images[i].stem)] for i in numbers} if facts else {}
+
+    def measured(captions: dict[int, str]) -> dict:
+        row = {'cider': mean([cider.score(place[i], captions[i]) for i in numbers])}
+        if fact_of:
+            right = [names_facts(captions[i], *fact_of[i]) for i in numbers]
+            row |= {'colour': mean([c for c, _ in right]), 'shape': mean([s for _, s in right]), 'both': mean([c and s for c, s in right])}
+        return row
+    results, header = [], ['captions', 'ε', 'CIDEr', *(['right colour', 'right shape', 'both'] if fact_of else [])]
+    for path in args.dirs:
+        record, _ = asked_and_attacked(args, rank, world, device, asked, args.threshold / 100, 'caption', path, early=False)
+        row = {'dir': path, 'data': args.data[0], 'n': len(numbers)}
+        for eps in record:
+            row['clean' if eps == 0 else f'adv_{eps:g}'] = measured({i: record[eps][i][0] for i in numbers})
+        row['captions'] = {f'{eps:g}': {found.names[i]: record[eps][i][0] for i in numbers} for eps in record}
+        results.append(row)
+    shift = numbers[1:] + numbers[:1]  # another image's
+    bounds = {'a reference of the image': measured({i: found.captions[i][0] for i in numbers}),
+              "a reference of another image": measured({i: found.captions[j][0] for i, j in zip(numbers, shift)})}
+    if rank == 0:
+        say(f'captions, CIDEr-D × 100 and facts in %, split {args.split}, n = {len(numbers)}; {answer_attack_text(args)}; a caption is dropped below '
+            f'CIDEr {args.threshold:g}; {found.note}')
+        table(header, [[r['dir'], '0' if key == 'clean' else key[4:], *map(percent, r[key].values())] for r in results for key in r
+                       if key == 'clean' or key.startswith('adv_')] + [[name, '–', *map(percent, values.values())] for name, values in bounds.items()])
+    return {'n': len(numbers), 'results': results, 'bounds': bounds}
+
+
+def targeted(args, rank: int, world: int, device: torch.device, found: data.ReferenceSet, numbers: list[int]) -> dict:
+    """Can the image be made to say a sentence of the attacker's choice? Success: the sentence is in the caption."""
+    results, shown = [], []
+    for path in args.dirs:
+        row = {'dir': path, 'data': args.data[0], 'n': len(numbers), 'success': {}}
+        for text in args.targeted:
+            asked = [Asked(i, found.images[i], data.CAPTION_QUESTION, [('towards', text)], lambda said, text=text: float(text.lower() not in said.lower()))
+                     for i in numbers]
+            record, images = asked_and_attacked(args, rank, world, device, asked, 0., f'“{text}”', path)
+            row['success'][text] = {f'{eps:g}': mean([record[eps][i][1] == 0 for i in numbers]) for eps in record}
+            if rank == 0 and args.grid:
+                first, cells = numbers[0], []
+                x = data.TF.pil_to_tensor(data.read_image(found.images[first])) / 255
+                cells.append((x, f'{Path(path).name}: {record[0.][first][0]}'))
+                for eps in [e for e in record if e]:
+                    z = images[eps][first].cpu()
+                    clean = Answerer(path, torch.device('cpu'), 1, 1).pixels(found.images[first])
+                    cells += [((z - clean) / (2 * eps / 255) + .5, f'δ, ε = {eps:g}/255'), (z, f'x + δ: {record[eps][first][0]}')]
+                shown.append(cells)
+        results.append(row)
+    if rank == 0:
+        say(f'targeted captions: success rate in % (the sentence is in the caption), split {args.split}, n = {len(numbers)}; APGD {args.iterations} towards '
+            f'the sentence, l∞, ε in 1/255; ε = 0: unperturbed')
+        table(['model', 'sentence', *(f'ε = {eps}' for eps in results[0]['success'][args.targeted[0]])],
+              [[r['dir'], text, *map(percent, rates.values())] for r in results for text, rates in r['success'].items()])
+        if args.grid:
+            pictures(Path(args.grid), shown, 'targeted captions')
+    return {'n': len(numbers), 'results': results}
+
+
 # ================================================================================================================ audit
 def audit(args: argparse.Namespace, rank: int, world: int, device: torch.device) -> dict:
     """Is the robustness real? Checks for gradient masking; exit code 1 if one fails."""
@@ -714,6 +1006,33 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     s.add_argument('--image', required=True, metavar='FILE')
     s.add_argument('--labels', required=True, help="texts to choose from, separated by commas: 'a cat,a dog'")
     s.add_argument('--label', default='', help='the true one, which is attacked; default: what the model sees in the clean image')
+    for run, text, n, words, eps in ((vqa, 'questions about images: VQA accuracy', 500, 5, [8.]), (pope, 'hallucination: yes or no', 500, 5, [8.]),
+                                     (sqa, 'ScienceQA, questions with an image', 500, 5, [8.]), (caption, 'captions: CIDEr; forced sentences', 500, 20, [8.])):
+        c = commands.add_parser(run.__name__, help=text, description=run.__doc__, allow_abbrev=False,
+                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        c.add_argument('dirs', nargs='+', metavar='DIR', help='LLaVA directories; of a language model alone: what it answers without the image')
+        what = {vqa: "'easyvqa', or a questions file of VQAv2 or TextVQA", pope: "'easyvqa', or a file of POPE", sqa: 'a folder with problems.json and '
+                'pid_splits.json', caption: "'easyvqa', or a file of Karpathy's or of COCO's captions"}[run]
+        c.add_argument('--data', nargs=1, **({'required': True} if run is sqa else {'default': ['easyvqa']}), help=what)
+        c.add_argument('--split', default='test', help='choose on val, report on test')
+        c.add_argument('--image_root', default='', metavar='DIR', help='where the images of the file lie')
+        c.add_argument('--n', type=int, default=n, help='questions of each kind (images), drawn by --seed; 0: all')
+        c.add_argument('--attack', default='ensemble', choices=['ensemble', 'none'])
+        c.add_argument('--eps', type=float, nargs='*', default=eps, help='radius in 1/255')
+        c.add_argument('--iterations', type=int, default=100, help='of each round of the attack')
+        c.add_argument('--max_new', type=int, default=words, help='tokens of an answer')
+        c.add_argument('--seed', type=int, default=0, help='of the sample')
+        c.add_argument('--batch_size', type=int, default=32, help='samples at a time, on each process')
+        c.add_argument('--json', default='', metavar='FILE', help='write what was measured')
+        c.add_argument('--quiet', action='store_true', help='no progress bar')
+        c.set_defaults(run=run, subset='all', native=False)
+        if run is vqa:
+            c.add_argument('--annotations', default='', metavar='FILE', help='VQAv2: the answers')
+            c.add_argument('--questions', nargs='+', default=[], help='easyvqa: only what, yes/no or all')
+        if run is caption:
+            c.add_argument('--threshold', type=float, default=10., help='CIDEr below which an image is dropped from later rounds (COCO 10, Flickr30k 2)')
+            c.add_argument('--targeted', nargs='+', default=[], metavar='SENTENCE', help='measure how often these can be forced, instead')
+            c.add_argument('--grid', default='', metavar='FILE', help='with --targeted: draw clean | δ | x+δ of one image')
     args = parser.parse_args(argv)
 
     wrong = commands.choices[args.command].error
@@ -728,7 +1047,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
                 wrong(f'--{flag} {eps:g}: it is in 1/255; did you mean {eps * 255:.3g}?')
     if getattr(args, 'attack', '') == 'none':
         args.eps = [] if args.command != 'show' else args.eps
-    for flag, least in (('n', 0), ('batch_size', 1), ('queries', 1)):
+    for flag, least in (('n', 0), ('batch_size', 1), ('queries', 1), ('iterations', 1), ('max_new', 1)):
         if getattr(args, flag, least) < least:
             wrong(f'--{flag} {getattr(args, flag)}: must be at least {least}')
     if any(not 0 <= size <= 100 for size in getattr(args, 'font', [])):

@@ -477,7 +477,7 @@ def main(cfg: Config, given: set[str] | None = None) -> None:
     clip_adv.all_agree(state['step'] if state else 0, cfg, world)
     plan = substages(cfg)
     last_step = sum(part.steps for part in plan)
-    model, tokenizer = build(cfg, state, plan, rank, device)
+    model, tokenizer = build(cfg, state, rank, device)
     model.to(device).eval()                                                # only the adapters know dropout, and they are told when
     model.llm.checkpointing = cfg.checkpoint
     first_step = state['step'] if state else 0
@@ -691,7 +691,7 @@ class Fit:
         return data.fit(image if self.colour is None else data.pad_to_square(image, self.colour), self.size, self.interpolation, self.resize_mode)
 
 
-def build(cfg: Config, state: dict | None, plan: list[SubStage], rank: int, device: torch.device) -> tuple[LLaVA, data.LLMTokenizer]:
+def build(cfg: Config, state: dict | None, rank: int, device: torch.device) -> tuple[LLaVA, data.LLMTokenizer]:
     """The image tower of --init (or of the checkpoint being resumed), the LLM of --llm, and a new projector; or a LLaVA, whole."""
     dtype = {'': torch.bfloat16 if device.type == 'cuda' and cfg.lora_r else torch.float32, 'float32': torch.float32,
              'bfloat16': torch.bfloat16}[cfg.dtype]
@@ -708,12 +708,11 @@ def build(cfg: Config, state: dict | None, plan: list[SubStage], rank: int, devi
             visual = make_tower(tower)
         if cfg.llm == 'tiny':
             if rank == 0 and not (Path(cfg.out) / 'llm' / MODEL).exists():
-                train_tiny_llm(Path(cfg.out) / 'llm', plan, cfg.seed)
+                train_tiny_llm(Path(cfg.out) / 'llm', cfg)
             if dist.is_initialized():
                 dist.barrier()
         llm, tokenizer = load_llm(str(Path(cfg.out) / 'llm') if cfg.llm == 'tiny' else cfg.llm, dtype)
-        with torch.random.fork_rng(devices=[]):
-            torch.random.default_generator.manual_seed(cfg.seed)
+        with clip_adv.seeded(cfg.seed):
             model = LLaVA(visual, llm, tokenizer.image, tower)
         model.ends = ends_of(llm, tokenizer)
     if state is not None and state['llm'] != fingerprint(model.llm):
@@ -725,7 +724,7 @@ def build(cfg: Config, state: dict | None, plan: list[SubStage], rank: int, devi
 
 def make_tower(tower: dict) -> clip_adv.ViT:
     how = tower['preprocess_cfg']
-    with torch.random.fork_rng(devices=[]):
+    with clip_adv.seeded(0):
         return clip_adv.ViT(tower['vision_cfg'], tower['embed_dim'], tower['quick_gelu'], how['mean'], how['std'])
 
 
@@ -744,32 +743,50 @@ def fingerprint(llm: Llama) -> str:
     return digest.hexdigest()
 
 
-def train_tiny_llm(folder: Path, plan: list[SubStage], seed: int, steps: int = 150, batch_size: int = 64, lr: float = 3e-3) -> None:
-    """A language model of about a million parameters, trained on the text of the conversations and on no image: the stand-in for
-    a pretrained LLM. It learns which answers a question has, and how often: what a model that never looks can know."""
-    chats = [chat.turns for part in plan for chat in part.chats.chats]
-    bare = [[(q.replace(f'{data.IMAGE}\n', '').replace(data.IMAGE, ''), a) for q, a in turns] for turns in chats]
-    tokenizer = data.train_llm_tokenizer([text for turns in bare for pair in turns for text in ('USER: ' + pair[0], ' ASSISTANT: ', pair[1])], 2048)
+def train_tiny_llm(folder: Path, cfg: Config, steps: int = 300, batch_size: int = 64, lr: float = 1e-3) -> None:
+    """A language model of about a million parameters, trained on the text of the training split and on no image: the stand-in for a
+    pretrained LLM. In four of five texts a caption stands where the image will stand, so it learns to answer from a description; in
+    the others nothing does, so it learns which answers a question has, and how often: all that one who never looks can know.
+    """
+    pictured = data.load_chats(cfg.data_a or cfg.data, 'train', cfg.image_root_a or cfg.image_root, captions=True).chats
+    asked = data.load_chats(cfg.data, 'train', cfg.image_root, turns=cfg.turns).chats
+    captions: dict[Path | None, list[str]] = {}
+    for chat in pictured:
+        captions.setdefault(chat.image, []).append(chat.turns[0][1])
+    g = data.generator(cfg.seed, 'tiny llm', 0)
+    draw = lambda n: int(torch.randint(n, (), generator=g))
+
+    def described(chat: data.Chat) -> list[tuple[str, str]]:
+        of = captions.get(chat.image, []) if chat.image and draw(5) else []
+        said = of[draw(len(of))] + '\n' if of else ''
+        return [(q.replace(f'{data.IMAGE}\n', said).replace(data.IMAGE, said), a) for q, a in chat.turns]
+    words = [text for chat in pictured + asked for q, a in chat.turns for text in (f'USER: {q}', f' ASSISTANT: {a}')]
+    tokenizer = data.train_llm_tokenizer([text.replace(data.IMAGE, '') for text in words], 2048)
+    ask = Prompt(tokenizer, 'chat', 0, 2048)
+    texts = [tokenizer.encode(f'{tokenizer.bos_token}{q}{a}\n')[0] for chat in pictured for q, a in described(chat)]
+    texts += [ask.encode(described(chat))[0] for chat in asked]
+    colon = tokenizer.encode(' ASSISTANT:')[0][-1]
+
     config = {'model_type': 'llama', 'architectures': ['LlamaForCausalLM'], 'vocab_size': -(-tokenizer.vocab_size // 64) * 64, 'hidden_size': 128,
               'intermediate_size': 384, 'num_hidden_layers': 4, 'num_attention_heads': 4, 'num_key_value_heads': 4, 'hidden_act': 'silu',
               'max_position_embeddings': 2048, 'rms_norm_eps': 1e-5, 'rope_theta': 10000., 'tie_word_embeddings': True, 'attention_bias': False,
               'bos_token_id': tokenizer.bos, 'eos_token_id': tokenizer.eos, 'pad_token_id': tokenizer.pad}
-    llm, g = Llama(config), data.generator(seed, 'tiny llm', 0)
+    with clip_adv.seeded(cfg.seed):
+        llm = Llama(config)
     for name, p in llm.named_parameters():  # norms stay at 1; what writes into the residual stream starts smaller, as in GPT-2
         if p.ndim > 1:
-            std = .02 / math.sqrt(2 * 4) if name.endswith(('o_proj.weight', 'down_proj.weight')) else .02
-            p.data = torch.randn(p.shape, generator=g) * std
+            p.data = torch.randn(p.shape, generator=g) * (.02 / math.sqrt(8) if name.endswith(('o_proj.weight', 'down_proj.weight')) else .05)
     llm.tie()
-    styles = {True: Prompt(tokenizer, 'plain', 0, 2048), False: Prompt(tokenizer, 'chat', 0, 2048)}
-    texts = [styles[turns[0][0] == ''].encode(turns)[0] for turns in bare]
     optimizer = torch.optim.AdamW(llm.parameters(), lr=lr, weight_decay=.01, betas=(.9, .95), fused=True)
     with tqdm(range(steps), desc='tiny LLM', mininterval=.5 if sys.stderr.isatty() else 30) as bar:
         for step in bar:
-            samples = [data.Sample(None, texts[i], [True] * len(texts[i]), 0) for i in torch.randint(len(texts), (batch_size,), generator=g).tolist()]
-            samples = [dataclasses.replace(s, labels=[False, *s.labels[1:]]) for s in samples]
-            batch = collate(samples, tokenizer.pad)
-            logits = llm.lm_head(llm(llm.model.embed_tokens(batch.ids))[batch.rows, batch.columns])
-            loss = F.cross_entropy(logits, batch.targets)
+            drawn = [texts[draw(len(texts))] for _ in range(batch_size)]
+            batch = collate([data.Sample(None, ids, [False] + [True] * (len(ids) - 1), 0) for ids in drawn], tokenizer.pad)
+            hidden = llm(llm.model.embed_tokens(batch.ids))[batch.rows, batch.columns]
+            loss = F.cross_entropy(llm.lm_head(hidden), batch.targets, reduction='none')
+            # an answer weighs as much as ten words of a question: it is what has to be read out of the description
+            weight = torch.where(batch.ids[batch.rows, batch.columns] == colon, 10., 1.)
+            loss = (loss * weight).sum() / weight.sum()
             loss.backward()
             nn.utils.clip_grad_norm_(llm.parameters(), 1.)
             optimizer.param_groups[0]['lr'] = lr * min((step + 1) / 20, .5 * (1 + math.cos(math.pi * step / steps)))
@@ -1078,7 +1095,8 @@ def load_llava(path: str, dtype: torch.dtype = torch.float32) -> tuple[LLaVA, da
     text = config['text_config'] | ({'tie_word_embeddings': config['tie_word_embeddings']} if 'tie_word_embeddings' in config else {})
     with torch.device('meta'):
         llm = Llama({**text, 'vocab_size': max(text.get('vocab_size', 32000), tokenizer.vocab_size)})
-    model = LLaVA(make_tower(tower), llm, config.get('image_token_index', config.get('image_token_id')), tower)
+    with clip_adv.seeded(0):
+        model = LLaVA(make_tower(tower), llm, config.get('image_token_index', config.get('image_token_id')), tower)
     if tokenizer.image != model.image_id:
         raise SystemExit(f'error: {path}: {data.IMAGE} is token {tokenizer.image}, config.json says {model.image_id}')
     ours, theirs = {}, {}

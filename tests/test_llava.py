@@ -1,0 +1,438 @@
+"""Stage 2: the language model, LLaVA and their files beside transformers', prompts, and bad input."""
+import json
+import math
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, TINY, environment, execute, flags
+from PIL import Image
+
+import clip_adv
+import data
+import llava_adv
+
+LLAMA3 = {'rope_type': 'llama3', 'factor': 8., 'low_freq_factor': 1., 'high_freq_factor': 4., 'original_max_position_embeddings': 32, 'rope_theta': 500000.}
+SMALL = dict(vocab_size=320, hidden_size=48, intermediate_size=80, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=4,
+             max_position_embeddings=256, bos_token_id=0, eos_token_id=1, pad_token_id=2)
+KINDS = {'llama': {}, 'gqa': dict(num_key_value_heads=2), 'tied': dict(tie_word_embeddings=True, num_key_value_heads=1),
+         'llama3': dict(rope_parameters=LLAMA3), 'linear': dict(rope_parameters={'rope_type': 'linear', 'factor': 2., 'rope_theta': 10000.}),
+         'wide heads': dict(head_dim=16), 'biases': dict(attention_bias=True, mlp_bias=True), 'qwen2': dict(num_key_value_heads=2)}
+
+
+def tokenizer() -> data.LLMTokenizer:
+    return data.train_llm_tokenizer(['what color is the circle?', 'a red circle', 'USER: ASSISTANT:'], 300)
+
+
+def language_model(kind: str):
+    """A language model of transformers with random weights (biases and norms, too)."""
+    import transformers
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        if kind == 'qwen2':
+            model = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**SMALL | KINDS[kind]))
+        else:
+            model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SMALL | KINDS[kind]))
+        for p in model.parameters():
+            p.data += .1 * torch.randn(p.shape)
+    return model.eval()
+
+
+def saved(model, place, **how):
+    model.save_pretrained(place, **how)
+    for name, text in tokenizer().files(256).items():
+        (place / name).write_text(text)
+    return place
+
+
+def ids(n=2, length=40):
+    return torch.randint(5, 300, (n, length), generator=torch.Generator().manual_seed(1))
+
+
+# ------------------------------------------------------------------------------------------------- beside transformers
+@pytest.mark.parametrize('kind', KINDS)
+def test_llama_equals_transformers(tmp_path, kind):
+    """Logits and the gradient with respect to the embeddings, of every position and of the last ones only."""
+    theirs = language_model(kind)
+    ours, _ = llava_adv.load_llm(str(saved(theirs, tmp_path)), torch.float32)
+    x = theirs.get_input_embeddings()(ids()).detach().requires_grad_()
+    z = ours.model.embed_tokens(ids()).detach().requires_grad_()
+    a, b = theirs(inputs_embeds=x).logits, ours.lm_head(ours(z))
+    assert (a - b[..., :320]).abs().max() <= 1e-4 * a.abs().max()
+    weights = torch.randn(a.shape, generator=torch.Generator().manual_seed(2))
+    g, h = torch.autograd.grad((a * weights).sum(), x)[0], torch.autograd.grad((b[..., :320] * weights).sum(), z)[0]
+    assert (g - h).abs().max() <= 1e-4 * g.abs().max()
+    late = ours.lm_head(ours(z, start=33))
+    assert late.shape[1] == 7 and torch.allclose(late, b[:, 33:], atol=1e-5)
+
+
+@pytest.mark.parametrize('kind', ['gqa', 'llama3', 'qwen2'])
+def test_generation_equals_transformers(tmp_path, kind):
+    """Token by token with a cache; prompts of different lengths in one batch give what each gives alone."""
+    theirs = language_model(kind)
+    ours, tok = llava_adv.load_llm(str(saved(theirs, tmp_path)), torch.float32)
+    model = connected(ours, tok.image)
+    prompts = [row[:n].tolist() for row, n in zip(ids(3), (40, 13, 27))]
+    together = llava_adv.generate(model, torch.empty(0, 3, 1, 1), prompts, 12, {1})
+    for prompt, answer in zip(prompts, together):
+        expected = theirs.generate(torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=torch.long), max_new_tokens=12,
+                                   do_sample=False)[0, len(prompt):].tolist()
+        assert answer == expected[:expected.index(1)] if 1 in expected else answer == expected
+        assert llava_adv.generate(model, torch.empty(0, 3, 1, 1), [prompt], 12, {1}) == [answer]
+
+
+def test_sampling():
+    """top_p keeps the fewest tokens that reach it; the temperature sharpens; each row draws from its own generator."""
+    logits = torch.tensor([.5, .3, .15, .05]).log()
+    g = torch.Generator().manual_seed(0)
+    drawn = [llava_adv.pick(logits, 1., .7, g) for _ in range(2000)]
+    assert set(drawn) == {0, 1} and drawn.count(0) / 2000 == pytest.approx(.625, abs=.04)
+    assert set(llava_adv.pick(logits, 1., 1., g) for _ in range(500)) == {0, 1, 2, 3}
+    assert set(llava_adv.pick(logits, .01, 1., g) for _ in range(100)) == {0}
+    with clip_adv.seeded(0):
+        model = connected(llava_adv.Llama(dict(SMALL, model_type='llama')), 319)
+    prompts = [row.tolist() for row in ids(3, 9)]
+    draw = lambda rows: llava_adv.generate(model, torch.empty(0, 3, 1, 1), [prompts[r] for r in rows], 8, set(), 1., .9,
+                                           [data.generator(0, 'answer', r) for r in rows])
+    assert draw([0, 1, 2]) == draw([0]) + draw([1, 2])
+
+
+def tower(**vision):
+    model = clip_adv.create(dict(embed_dim=16, vision_cfg=dict(image_size=16, patch_size=4, width=32, layers=3, head_width=16, **vision),
+                                 text_cfg=dict(width=16, heads=2, layers=1, vocab_size=50, context_length=8)), clip_adv.OUR_PREPROCESS, 3)
+    whole, how = clip_adv.complete(model.model_cfg, model.preprocess_cfg)
+    return model.visual, {'vision_cfg': whole['vision_cfg'], 'embed_dim': 16, 'quick_gelu': False, 'preprocess_cfg': how, 'geometry': 'pad'}
+
+
+def connected(llm, image_id):
+    with clip_adv.seeded(0):
+        return llava_adv.LLaVA(tower()[0], llm, image_id, tower()[1])
+
+
+def llava(place, kind='gqa', **vision):
+    """A LLaVA of ours on a language model of transformers."""
+    llm, tok = llava_adv.load_llm(str(saved(language_model(kind), place)), torch.float32)
+    with torch.random.fork_rng():
+        torch.manual_seed(4)
+        visual, how = tower(**vision)
+        for p in visual.parameters():
+            p.data += .05 * torch.randn(p.shape)
+        model = llava_adv.LLaVA(visual, llm, tok.image, how)
+    return model.eval(), tok
+
+
+def samples(model, tok):
+    """With an image and without, with different lengths and numbers of supervised tokens."""
+    prompt = llava_adv.Prompt(tok, 'v1', model.image_tokens, 512)
+    chats = [data.Chat('an image', [('<image>\nwhat color is the circle?', 'red'), ('is it?', 'a red circle, yes')], ''),
+             data.Chat(None, [('what is red?', 'circle')], ''), data.Chat('an image', [('<image>\nwhat?', 'no')], '')]
+    g = torch.Generator().manual_seed(5)
+    return [data.Sample(torch.randint(256, (3, 16, 16), generator=g).byte() if c.image else None, *prompt(c), i) for i, c in enumerate(chats)]
+
+
+@pytest.mark.parametrize('kind', ['gqa', 'tied', 'qwen2'])
+def test_llava_equals_transformers(tmp_path, kind):
+    """What is exported opens in transformers with no key too many or too few; loss, and its gradient in the pixels, are equal.
+    The loss of ours comes from the supervised positions alone."""
+    from transformers import LlavaForConditionalGeneration
+    model, tok = llava(tmp_path, kind)
+    out = tmp_path / 'out'
+    out.mkdir()
+    llava_adv.export(model, tok, out, 512)
+    theirs, info = LlavaForConditionalGeneration.from_pretrained(out, output_loading_info=True)
+    assert not any(info.values()), info
+    batch = llava_adv.collate(samples(model, tok), tok.pad)
+    x = (batch.images.float() / 255).requires_grad_()
+    labels = torch.full_like(batch.ids, -100)
+    labels[batch.rows, batch.columns + 1] = batch.targets
+    loss = theirs.eval()(input_ids=batch.ids, pixel_values=(x - model.visual.mean) / model.visual.std, labels=labels,
+                         attention_mask=(batch.ids != tok.pad).long()).loss
+    ours = model(x, batch).sum() / len(batch.targets)
+    assert ours.item() == pytest.approx(loss.item(), rel=1e-5)
+    a, b = torch.autograd.grad(loss, x)[0], torch.autograd.grad(ours, x)[0]
+    assert (a - b).abs().max() <= 1e-4 * a.abs().max()
+    again, tok2 = llava_adv.load_llava(str(out))
+    assert torch.equal(again(x, batch), model(x, batch)) and tok2.backend.to_str() == tok.backend.to_str()
+    assert all(torch.equal(w, again.state_dict()[n]) for n, w in model.state_dict().items())
+
+
+def test_adapters_are_merged_when_saved(tmp_path):
+    model, tok = llava(tmp_path)
+    cfg = llava_adv.Config(lora_r=4, lora_alpha=8.)
+    llava_adv.trainable(model, cfg, 'B')
+    batch = llava_adv.collate(samples(model, tok), tok.pad)
+    x = batch.images.float() / 255
+    before = model(x, batch)
+    for name, p in model.named_parameters():
+        if 'lora_B' in name:
+            p.data = .05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(6))
+    changed = model(x, batch)
+    assert (changed - before).abs().min() > 1e-2
+    llava_adv.export(model, tok, tmp_path, 512)
+    again, _ = llava_adv.load_llava(str(tmp_path))
+    assert torch.allclose(again(x, batch), changed, rtol=1e-4)
+
+
+def test_what_is_trained(tmp_path):
+    """A: the projector. B: adapters on every linear layer of the LLM but its head, projector, and the tower without its last block."""
+    model, _ = llava(tmp_path)
+    llava_adv.trainable(model, llava_adv.Config(), 'A')
+    trained = lambda: {n for n, p in model.named_parameters() if p.requires_grad}
+    assert trained() == {n for n, _ in model.named_parameters() if n.startswith('projector.')}
+    groups = llava_adv.trainable(model, llava_adv.Config(lora_r=2, lr=1, lr_projector=2, lr_tower=3), 'B')
+    assert [g['peak'] for g in groups] == [1, 2, 3]
+    names = trained()
+    assert sum('lora_' in n for n in names) == 3 * 7 * 2 and not any('lm_head' in n or 'embed_tokens' in n or 'norm' in n for n in names if n.startswith('llm.'))
+    visual = {n for n in names if n.startswith('visual.')}
+    assert 'visual.conv1.weight' in visual and not any('resblocks.2' in n or 'ln_post' in n for n in visual)
+    assert {n for n, _ in model.named_parameters() if n.startswith('visual.')} - visual == {
+        n for n, _ in model.named_parameters() if 'resblocks.2' in n or 'ln_post' in n}
+
+
+def test_the_last_block_is_not_run(tmp_path):
+    model, tok = llava(tmp_path)
+    batch = llava_adv.collate(samples(model, tok), tok.pad)
+    before = model(batch.images.float() / 255, batch)
+    for p in [*model.visual.transformer.resblocks[-1].parameters(), *model.visual.ln_post.parameters()]:
+        p.data.fill_(float('nan'))
+    assert torch.equal(model(batch.images.float() / 255, batch), before)
+
+
+def test_dropout_belongs_to_the_sample():
+    """Same mask alone and in a batch, for a part of the tokens and for all; the share is p; layers and samples differ."""
+    keys = torch.tensor([3, -7, 2 ** 31 - 5], dtype=torch.int32)
+    x = torch.ones(3, 50, 64)
+    whole = llava_adv.drop(x, keys, 0, .3)
+    assert torch.equal(whole[1:2], llava_adv.drop(x[1:2], keys[1:2], 0, .3)) and torch.equal(whole[:, 20:], llava_adv.drop(x[:, 20:], keys, 20, .3))
+    assert whole.unique().tolist() == pytest.approx([0., 1 / .7])
+    kept = whole != 0
+    for share in (kept.float().mean(), *kept.float().mean((1, 2))):
+        assert share == pytest.approx(.7, abs=.03)
+    for a, b in ((kept[0], kept[1]), (kept[0, :-1], kept[0, 1:]), (kept[0, :, :-1], kept[0, :, 1:]),
+                 (kept, llava_adv.drop(x, keys + 12345, 0, .3) != 0)):
+        assert (a == b).float().mean() == pytest.approx(.58, abs=.03)  # .7² + .3²: independent
+
+
+def test_checkpointing_changes_nothing(tmp_path):
+    model, tok = llava(tmp_path)
+    llava_adv.trainable(model, llava_adv.Config(lora_r=2), 'B')
+    batch = llava_adv.collate(samples(model, tok), tok.pad)
+    gradients = []
+    for on in (False, True):
+        model.llm.checkpointing = on
+        model.zero_grad()
+        model(batch.images.float() / 255, batch, batch.keys).sum().backward()
+        gradients.append([p.grad.clone() for p in model.parameters() if p.requires_grad])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients))
+
+
+# ---------------------------------------------------------------------------------------------------- files of language models
+@pytest.mark.parametrize('how', ['sharded', 'bin', 'sharded bin'])
+def test_every_kind_of_weights(tmp_path, how):
+    theirs = language_model('gqa')
+    place = saved(theirs, tmp_path, **(dict(max_shard_size='40KB') if how == 'sharded' else {}))
+    if how != 'sharded':
+        weights = theirs.state_dict()
+        (place / 'model.safetensors').unlink()
+        names = sorted(weights)
+        if how == 'bin':
+            torch.save(weights, place / 'pytorch_model.bin')
+        else:
+            parts = {'pytorch_model-1.bin': names[:10], 'pytorch_model-2.bin': names[10:]}
+            for file, part in parts.items():
+                torch.save({n: weights[n] for n in part}, place / file)
+            (place / 'pytorch_model.bin.index.json').write_text(json.dumps({'weight_map': {n: f for f, part in parts.items() for n in part}}))
+    else:
+        assert len(list(place.glob('model-*.safetensors'))) > 2
+    ours, _ = llava_adv.load_llm(str(place), torch.float32)
+    assert torch.allclose(theirs(ids()).logits, ours.lm_head(ours(ours.model.embed_tokens(ids()))), atol=1e-4)
+
+
+def test_loading_needs_no_second_copy(tmp_path):
+    """Peak anonymous memory above the start: at most 1.2 × the parameters in the target dtype, here half of the stored one."""
+    from safetensors.torch import save_file
+    config = dict(SMALL, model_type='llama', vocab_size=32000, hidden_size=512, intermediate_size=1536, num_hidden_layers=16)
+    with torch.device('meta'):
+        shapes = {n: p.shape for n, p in llava_adv.Llama(config).named_parameters()}
+    parameters = sum(math.prod(shape) for shape in shapes.values())
+    names = sorted(shapes)
+    index = {}
+    for number in range(4):
+        part = {n: torch.zeros(shapes[n]) for n in names[number::4]}
+        save_file(part, tmp_path / f'model-{number}.safetensors')
+        index |= {n: f'model-{number}.safetensors' for n in part}
+    (tmp_path / 'model.safetensors.index.json').write_text(json.dumps({'weight_map': index}))
+    (tmp_path / 'config.json').write_text(json.dumps(config))
+    for name, text in tokenizer().files(256).items():
+        (tmp_path / name).write_text(text)
+    code = f'''
+import threading, time, torch, llava_adv
+def anonymous():
+    return int(next(l for l in open("/proc/self/status") if l.startswith("RssAnon")).split()[1]) * 1024
+peak, stop, start = 0, False, anonymous()
+def watch():
+    global peak
+    while not stop:
+        peak = max(peak, anonymous())
+        time.sleep(.002)
+t = threading.Thread(target=watch); t.start()
+llm, _ = llava_adv.load_llm({str(tmp_path)!r}, torch.bfloat16)
+stop = True; t.join()
+assert all(p.dtype == torch.bfloat16 for p in llm.parameters())
+print((peak - start) / (2 * {parameters}))
+'''
+    done = subprocess.run([sys.executable, '-c', code], env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert .9 < float(done.stdout) <= 1.2, done.stdout
+
+
+def test_weights_that_do_not_fit(tmp_path):
+    place = saved(language_model('gqa'), tmp_path)
+    config = json.loads((place / 'config.json').read_text())
+    for change, message in [(dict(num_hidden_layers=4), r'model.layers.3.mlp.down_proj.weight: missing, \(48, 80\) expected'),
+                            (dict(num_hidden_layers=2), r'model.layers.2.input_layernorm.weight: surplus, \(48,\)'),
+                            (dict(intermediate_size=64), r'gate_proj.weight: \(80, 48\), \(64, 48\) expected'),
+                            (dict(model_type='gemma'), 'model_type is .gemma.; supported: llama, qwen2'), (dict(hidden_act='gelu'), 'hidden_act'),
+                            (dict(rope_parameters={'rope_type': 'yarn', 'factor': 2}), 'rope scaling.*yarn'), (dict(num_key_value_heads=3), '3 key heads')]:
+        (place / 'config.json').write_text(json.dumps(config | change))
+        with pytest.raises(SystemExit, match=message):
+            llava_adv.load_llm(str(place), torch.float32)
+    (place / 'config.json').write_text(json.dumps(config))
+    (place / 'model.safetensors').write_bytes(b'torn')
+    with pytest.raises(SystemExit, match='cannot read .*model.safetensors'):
+        llava_adv.load_llm(str(place), torch.float32)
+    (place / 'model.safetensors').unlink()
+    with pytest.raises(SystemExit, match='has no weights'):
+        llava_adv.load_llm(str(place), torch.float32)
+    with pytest.raises(SystemExit, match='no such directory, and no repository id'):
+        llava_adv.load_llm(str(place / 'nowhere'), torch.float32)
+
+
+def test_tokenizers_without_special_tokens(tmp_path):
+    place = saved(language_model('gqa'), tmp_path)
+    config, settings = (json.loads((place / name).read_text()) for name in ('config.json', 'tokenizer_config.json'))
+    less = lambda d, *names: {k: v for k, v in d.items() if k not in names}
+    (place / 'config.json').write_text(json.dumps(less(config, 'bos_token_id', 'eos_token_id', 'pad_token_id')))
+    (place / 'tokenizer_config.json').write_text(json.dumps(less(settings, 'bos_token', 'pad_token')))
+    tok = data.read_llm_tokenizer(place)  # no start: none is written; no padding: it gets one
+    assert tok.bos is None and tok.pad is not None
+    assert llava_adv.Prompt(tok, 'v1', 4, 99).text([('a', None)])[0][0].startswith('A chat')
+    (place / 'tokenizer_config.json').write_text(json.dumps(less(settings, 'eos_token')))
+    with pytest.raises(SystemExit, match='no end-of-text token.*tokenizer_config.json'):
+        data.read_llm_tokenizer(place)
+    (place / 'tokenizer_config.json').write_text(json.dumps(settings | {'bos_token': '<nothing>'}))
+    with pytest.raises(SystemExit, match="bos_token '<nothing>'"):
+        data.read_llm_tokenizer(place)
+    (place / 'tokenizer.json').unlink()
+    with pytest.raises(SystemExit, match='neither tokenizer.json nor tokenizer.model'):
+        data.read_llm_tokenizer(place)
+
+
+def test_sentencepiece(tmp_path):
+    """A Llama tokenizer.model reads as sentencepiece does, with special tokens cut out of the text first."""
+    import sentencepiece
+    words = [f'{a} {b} {c}' for a in ('what color is', 'is there a', 'a picture of') for b in ('red', 'blue', 'green', 'yellow') for c in ('circle', 'triangle?', 'shape.')]
+    (tmp_path / 'text').write_text('\n'.join(words * 20))
+    sentencepiece.SentencePieceTrainer.train(input=str(tmp_path / 'text'), model_prefix=str(tmp_path / 'tokenizer'), vocab_size=340, model_type='bpe',
+                                             byte_fallback=True, normalization_rule_name='identity', remove_extra_whitespaces=False,
+                                             split_digits=True, minloglevel=2)
+    (tmp_path / 'tokenizer_config.json').write_text(json.dumps({'bos_token': '<s>', 'eos_token': {'content': '</s>'}}))
+    tok = data.read_llm_tokenizer(tmp_path)
+    sp = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / 'tokenizer.model'))
+    for text in ('what color is the circle?', 'a  blue\nüñ☃ 123', 'triangle', 'red red'):
+        found, spans = tok.encode(text)
+        assert found == sp.encode(text) and spans[-1][1] == len(text)
+        assert tok.decode(found) == text
+    found, _ = tok.encode('<s>what color</s>')
+    assert found == [1, *sp.encode('what color'), 2]
+    assert tok.image == 340 and tok.pad == 341 and tok.encode('<image>')[0] == [340]
+
+
+# --------------------------------------------------------------------------------------------------------------- prompts
+def test_prompts_and_what_is_supervised():
+    tok = tokenizer()
+    chat = data.Chat('x', [('<image>\nwhat color?', 'red'), ('sure?', 'yes')], '')
+
+    def read(style):
+        out, labels = llava_adv.Prompt(tok, style, 3, 999)(chat)
+        text = lambda keep: tok.backend.decode([i for i, l in zip(out, labels) if l in keep], skip_special_tokens=False)
+        return text((True, False)), text((True,))
+    v1 = llava_adv.V1_SYSTEM
+    assert read('v1') == (f'<s>{v1} USER: <image><image><image>\nwhat color? ASSISTANT: red</s>USER: sure? ASSISTANT: yes</s>', ' red</s> yes</s>')
+    assert read('plain') == ('<s><image><image><image>red\n', 'red\n')
+    assert read('chat') == ('<s>USER: <image><image><image>\nwhat color? ASSISTANT: red</s>USER: sure? ASSISTANT: yes</s>', ' red</s> yes</s>')
+    tok.chat_template = ("{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] }}{{ eos_token }}\n{% endfor %}"
+                         "{% if add_generation_prompt %}<|assistant|>\n{% endif %}")
+    assert read('chat')[1] == 'red</s>yes</s>'
+    tok.chat_template = "{{ raise_exception('no') }}"
+    with pytest.raises(SystemExit, match='chat template of the LLM: no'):
+        read('chat')
+    tok.chat_template = None
+    with pytest.raises(SystemExit, match='--prompt v1'):
+        llava_adv.Prompt(tok, 'chat', 3, 99)
+
+
+def test_a_prompt_to_continue_begins_like_the_training_text():
+    """Generation starts from exactly the tokens that training predicted the answer from."""
+    tok = tokenizer()
+    for style in ('plain', 'v1', 'chat'):
+        prompt = llava_adv.Prompt(tok, style, 5, 999)
+        whole, labels = prompt.encode([('<image>\nwhat color?', 'red')])
+        assert prompt.encode([('<image>\nwhat color?', None)])[0] == whole[:labels.index(True)]
+
+
+def test_samples_without_an_answer():
+    prompt = llava_adv.Prompt(tokenizer(), 'chat', 64, 70)
+    with pytest.raises(SystemExit, match=r"file.json, entry 7: its answers are cut off: it has \d+ tokens, 64 of them.*--max_length is 70"):
+        prompt(data.Chat('x', [('<image>\n' + 'what color is the circle? ' * 9, 'red')], 'file.json, entry 7'))
+
+
+def test_llava_json(tmp_path):
+    Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / 'a.png')
+    turn = lambda *said: [{'from': role, 'value': text} for role, text in said]
+    good = [{'id': 1, 'image': 'a.png', 'conversations': turn(('human', '<image>\nwhat?'), ('gpt', 'red'), ('human', 'sure?'), ('gpt', 'yes'))},
+            {'id': 2, 'conversations': turn(('human', 'hello'), ('gpt', 'hi'))},
+            {'id': 3, 'image': 'a.png', 'conversations': turn(('gpt', 'left out'), ('human', 'what?'), ('gpt', 'red'))}]
+
+    def load(rows):
+        (tmp_path / 'x.json').write_text(json.dumps(rows))
+        return data.load_chats(str(tmp_path / 'x.json'), image_root=str(tmp_path))
+    chats = load(good).chats
+    assert chats[0].turns == [('<image>\nwhat?', 'red'), ('sure?', 'yes')] and chats[1].image is None
+    assert chats[2].turns == [('<image>\nwhat?', 'red')]
+    for bad, message in [({'image': 'a.png', 'conversations': turn(('human', '<image> <image>'), ('gpt', 'x'))}, 'entry 3.*two images'),
+                         ({'image': ['a.png', 'a.png'], 'conversations': turn(('human', 'x'), ('gpt', 'x'))}, 'entry 3.*'),
+                         ({'image': 'b.png', 'conversations': turn(('human', 'x'), ('gpt', 'x'))}, 'no file .*b.png; see --image_root'),
+                         ({'image': 'a.png', 'conversations': turn(('human', 'x'), ('gpt', 'an <image>'))}, '<image> in an answer'),
+                         ({'conversations': turn(('human', '<image> x'), ('gpt', 'x'))}, 'no "image"'),
+                         ({'conversations': turn(('human', 'x'))}, 'must be human, gpt'), ({'conversations': []}, 'must be human, gpt'), ({}, 'KeyError')]:
+        with pytest.raises(SystemExit, match=message):
+            load([*good, bad])
+    for text, message in (('{', 'expected'), ('{}', 'expected a list'), ('[]', 'expected a list')):
+        (tmp_path / 'x.json').write_text(text)
+        with pytest.raises(SystemExit, match=message):
+            data.load_chats(str(tmp_path / 'x.json'))
+    with pytest.raises(SystemExit, match="'easyvqa' or a JSON file"):
+        data.load_chats(str(tmp_path / 'nowhere.json'))
+
+
+def test_easyvqa_conversations():
+    train, val = (data.load_chats('easyvqa', split) for split in ('train', 'val'))
+    images = lambda chats: {chat.image for chat in chats.chats}
+    assert not images(train) & images(val) and images(val) == set(data.load_pairs('easyvqa', 'val').files)
+    asked = [(chat.image, q.replace('<image>\n', ''), a) for chat in train.chats + val.chats for q, a in chat.turns if q.split('\n')[-1] != data.CAPTION_QUESTION]
+    import easy_vqa
+    assert len(asked) == len(easy_vqa.get_train_questions()[0])
+    assert all(q.count('<image>') == (n == 0) for chat in train.chats for n, (q, _) in enumerate(chat.turns))
+    for sentence in data.describe('red', 'circle'):
+        assert len(sentence.split()) >= 6 and 'red' in sentence.split() and 'circle' in sentence.split()
+    assert all(len(chat.turns) == 1 for chat in data.load_chats('easyvqa', 'train', turns=1).chats)
+
+
+def test_pad_to_square():
+    image = Image.fromarray(np.full((10, 20, 3), 200, np.uint8))
+    square = np.asarray(data.pad_to_square(image, [.5, .25, 0.]))
+    assert square.shape == (20, 20, 3) and (square[5:15] == 200).all() and (square[0, 0] == [127, 63, 0]).all() and (square[-1, -1] == [127, 63, 0]).all()

@@ -345,7 +345,7 @@ def main(cfg: Config, given: set[str] | None = None) -> None:
                mininterval=0.5 if sys.stderr.isatty() else 30)             # a file needs no line for each update
 
     # ------------------------------------------------------------------------------------------ the training loop
-    for step, (images, tokens) in enumerate(bar, first_step):
+    for step, (images, tokens) in enumerate(run.read(bar), first_step):
         logging = (step + 1) % cfg.log_every == 0 or step + 1 == cfg.steps
         clock = Clock(device if logging else None)
         x = images.to(device, non_blocking=True).float() / 255         # [b, 3, S, S], this rank's part of the batch
@@ -846,6 +846,14 @@ class Run:
 
     def export(self, step: int) -> None:
         export(self.model, self.tokenizer, self.out)
+
+    def read(self, batches):
+        """The batches; an image that cannot be decoded ends the run with its name."""
+        try:
+            yield from batches
+        except data.BadImage as e:  # from a worker it comes with the worker's traceback before it
+            kept = f'the checkpoint after update {self.saved_step} is kept' if self.saved_step else 'no checkpoint was saved yet'
+            raise SystemExit(f'error: {str(e).strip().splitlines()[-1]}; stopped, {kept}. Replace the image, then --resume') from None
 
     def on_signal(self, number, frame) -> None:
         self.signal = number

@@ -539,6 +539,151 @@ def caption_set(data: str, split: str = 'test') -> CaptionSet:
     return CaptionSet(list(of.values()), lambda i: read_image(files[i]), pairs.note)
 
 
+# ------------------------------------------------------------------------------------- questions and captions, to evaluate on
+@dataclass
+class Question:
+    image: Path
+    question: str
+    answers: list[str]  # of the annotators, ten in VQAv2 and TextVQA, one elsewhere
+    kind: str           # 'what', 'yes/no' or ''
+    name: str           # which one it is, for reports
+
+
+@dataclass
+class QuestionSet:
+    questions: list[Question]
+    note: str
+
+
+@dataclass
+class ReferenceSet:
+    """Images with reference captions, five often."""
+    images: list[Path]
+    captions: list[list[str]]
+    names: list[str]
+    note: str
+
+
+def parsed(file: Path, what: str):
+    try:
+        return json.loads(file.read_text(encoding='utf-8'))
+    except (OSError, ValueError) as e:
+        raise SystemExit(f'error: {what}: cannot read {file}: {e}') from None
+
+
+def present(file: Path, what: str) -> Path:
+    if not file.is_file():
+        raise SystemExit(f'error: {what}: no image {file}; see --image_root')
+    return file
+
+
+def vqa_set(data: str, split: str = 'test', annotations: str = '', image_root: str = '') -> QuestionSet:
+    """'easyvqa', or a file of questions: VQAv2's (with `annotations`, the file of answers) or TextVQA's, told by what is in it."""
+    if data == 'easyvqa':
+        _, asked, root = easyvqa_split(split)
+        found = [Question(root / f'{i}.png', q, [a], 'yes/no' if a in ('yes', 'no') else 'what', f'{n}') for n, (q, a, i) in enumerate(asked)]
+        return QuestionSet(found, f'easyvqa: {len(found)} questions, {sum(q.kind == "what" for q in found)} of them not yes/no')
+    content, root, what = parsed(Path(data), '--data'), Path(image_root), f'--data {data}'
+    try:
+        if isinstance(content, dict) and 'questions' in content:
+            if not annotations:
+                raise SystemExit(f"error: {what}: these are VQAv2's questions; name the file of their answers: --annotations FILE")
+            answers = {a['question_id']: [x['answer'] for x in a['answers']] for a in parsed(Path(annotations), '--annotations')['annotations']}
+            subtype = content.get('data_subtype', 'val2014')
+            rows = [(f'COCO_{subtype}_{int(q["image_id"]):012d}.jpg', q['question'], answers.get(q['question_id']), q['question_id'])
+                    for q in content['questions']]
+        elif isinstance(content, dict) and 'data' in content:
+            rows = [(f'{q["image_id"]}.jpg', q['question'], q.get('answers'), q['question_id']) for q in content['data']]
+        else:
+            raise SystemExit(f"error: {what}: neither VQAv2's questions (a key \"questions\") nor TextVQA's (a key \"data\")")
+    except (KeyError, TypeError, ValueError) as e:
+        raise SystemExit(f'error: {what}: {type(e).__name__}: {e}; is it the published file?') from None
+    for _, question, of, number in rows:
+        if not of:
+            raise SystemExit(f'error: {what}: question {number} ({question!r}) has no answers' + (f' in {annotations}' if annotations else ''))
+    return QuestionSet([Question(present(root / file, what), q, of, '', f'{number}') for file, q, of, number in rows], f'{data}: {len(rows)} questions')
+
+
+def balanced(questions: list[Question]) -> list[Question]:
+    """Of the yes/no questions, as many with yes as with no for each text: who does not look at the image is right half of the time."""
+    of: dict[str, dict[str, list[int]]] = {}
+    for n, q in enumerate(questions):
+        if q.kind == 'yes/no':
+            of.setdefault(q.question, {'yes': [], 'no': []})[q.answers[0]].append(n)
+    kept: set[int] = set()
+    for text, groups in of.items():
+        least = min(map(len, groups.values()))
+        for answer, numbers in groups.items():
+            order = torch.randperm(len(numbers), generator=generator(0, f'balanced {text} {answer}', 0)).tolist()
+            kept |= {numbers[i] for i in order[:least]}
+    return [q for n, q in enumerate(questions) if n in kept]
+
+
+def pope_set(data: str, split: str = 'test', image_root: str = '') -> QuestionSet:
+    """easyvqa's balanced yes/no questions, or a file of POPE: a line {"question_id", "image", "text", "label": "yes" | "no"} each."""
+    if data == 'easyvqa':
+        found = balanced(vqa_set(data, split).questions)
+        return QuestionSet(found, f'easyvqa: {len(found)} yes/no questions, of each text as many with yes as with no')
+    try:
+        lines = [json.loads(line) for line in Path(data).read_text(encoding='utf-8').split('\n') if line.strip()]
+        found = [Question(Path(image_root) / row['image'], row['text'], [row['label'].lower()], 'yes/no', f'{row["question_id"]}') for row in lines]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+        raise SystemExit(f'error: --data {data}: {type(e).__name__}: {e}; expected {{"question_id", "image", "text", "label"}} a line') from None
+    for q in found:
+        present(q.image, f'--data {data}')
+        if q.answers[0] not in ('yes', 'no'):
+            raise SystemExit(f'error: --data {data}: question {q.name} has the label {q.answers[0]!r}; must be yes or no')
+    return QuestionSet(found, f'{data}: {len(found)} questions')
+
+
+def sqa_set(data: str, split: str = 'test', image_root: str = '') -> QuestionSet:
+    """ScienceQA's folder (problems.json, pid_splits.json): the questions with an image, asked as LLaVA is asked; the answer is a letter."""
+    folder, root = Path(data), Path(image_root or data)
+    problems, splits = parsed(folder / 'problems.json', '--data'), parsed(folder / 'pid_splits.json', '--data')
+    if split not in splits:
+        raise SystemExit(f'error: --split {split}: {folder / "pid_splits.json"} has {", ".join(splits)}')
+    found = []
+    for number in splits[split]:
+        try:
+            p = problems[number]
+            if not p.get('image'):
+                continue
+            choices = '\n'.join(f'{chr(65 + i)}. {choice}' for i, choice in enumerate(p['choices']))
+            text = f'Context: {p["hint"]}\n' * bool(p.get('hint')) + f"{p['question']}\n{choices}\nAnswer with the option's letter from the given choices directly."
+            found.append(Question(root / split / number / p['image'], text, [chr(65 + p['answer'])], '', number))
+        except (KeyError, TypeError) as e:
+            raise SystemExit(f'error: {folder / "problems.json"}: problem {number}: {type(e).__name__}: {e}') from None
+    for q in found:
+        present(q.image, f'--data {data}')
+    return QuestionSet(found, f'{data}: {len(found)} of {len(splits[split])} questions of {split} have an image')
+
+
+def references(data: str, split: str = 'test', image_root: str = '') -> ReferenceSet:
+    """'easyvqa' (five sentences from the same two facts), Karpathy's file (dataset_coco.json, dataset_flickr30k.json), or COCO's captions."""
+    if data == 'easyvqa':
+        facts, _, root = easyvqa_split(split)
+        rows = [(root / f'{i}.png', describe(*fact), f'{i}') for i, fact in sorted(facts.items())]
+        return ReferenceSet(*map(list, zip(*rows)), f'easyvqa: {len(rows)} images with 5 sentences each')
+    content, root, what = parsed(Path(data), '--data'), Path(image_root), f'--data {data}'
+    try:
+        if 'annotations' in content:
+            of: dict[int, list[str]] = {}
+            for a in content['annotations']:
+                of.setdefault(a['image_id'], []).append(a['caption'])
+            rows = [(root / i['file_name'], of[i['id']], f'{i["id"]}') for i in content['images'] if i['id'] in of]
+        else:
+            name = lambda i: root / i.get('filepath', '') / i['filename']
+            in_split = lambda i: ('train' if i['split'] == 'restval' else i['split']) == split  # as most papers count it
+            rows = [(name(i), [s['raw'] for s in i['sentences']], i['filename']) for i in content['images'] if in_split(i)]
+    except (KeyError, TypeError, AttributeError) as e:
+        raise SystemExit(f"error: {what}: {type(e).__name__}: {e}; expected Karpathy's dataset_*.json or COCO's captions_*.json") from None
+    if not rows:
+        raise SystemExit(f'error: {what}: no image of --split {split}')
+    for file, _, _ in rows:
+        present(file, what)
+    return ReferenceSet(*map(list, zip(*rows)), f'{data}: {len(rows)} images')
+
+
 # ---------------------------------------------------------------------------------------------------------- pixels
 class BadImage(ValueError):
     """An image that cannot be decoded; the message names it."""

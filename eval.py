@@ -14,7 +14,9 @@ number of processes change nothing but the rounding of sums.
 import argparse
 import dataclasses
 import json
+import math
 import os
+import re
 import shlex
 import sys
 import textwrap
@@ -837,6 +839,101 @@ def audit_checks(logits, x: Tensor, y: Tensor, eps: float, names: list[int], see
     everything = under_apgd(1., 'everything')
     verdict('ε = 1 leaves nothing', everything <= tolerance, f'APGD: {percent(everything)} %')
     return checks
+
+
+# ====================================================================================== metrics of answers and captions
+NUMBERS = dict(zip('none zero one two three four five six seven eight nine ten'.split(), '0 0 1 2 3 4 5 6 7 8 9 10'.split()))
+CONTRACTIONS = {  # a word without (one of) its apostrophes → the word; those of the official table, which knows no "its" and no "were"
+    variant: word for word in (
+        "ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd he'd've he's how'd how'll how's "
+        "isn't it'd it'd've it'll ma'am mightn't mightn't've might've mustn't must've needn't not've o'clock oughtn't shan't she'd've she's should've "
+        "shouldn't shouldn't've somebody'd've somebody'll somebody's someone'd someone'd've someone'll someone's something'd something'd've "
+        "something'll that's there'd there'd've there're there's they'd they'd've they'll they're they've 'twas wasn't we'd've we've weren't what'll "
+        "what're what's what've when's where'd where's where've who'd who'd've who'll who's who've why'll why're why's won't would've wouldn't "
+        "wouldn't've y'all y'all'll y'all'd've you'd you'd've you'll you're you've").split()
+    for variant in {word.replace("'", ''), word.replace("'", '', 1), "".join(word.rsplit("'", 1))} - {word}}
+
+
+def normalise_answer(text: str) -> str:
+    """VQA's normalisation: punctuation, number words, articles, contractions.   official: GT-Vision-Lab/VQA vqaEval.py"""
+    text = text.replace('\n', ' ').replace('\t', ' ').strip()
+    out = text
+    for mark in ';/[]"{}()=+\\_-><@`,?!':  # away where it stands beside a space (or a comma between digits anywhere), else a space
+        beside = f'{mark} ' in text or f' {mark}' in text or re.search(r'\d,\d', text)
+        out = out.replace(mark, '' if beside else ' ')
+    out = re.sub(r'\.(?!\d)', '', out)       # decimal points stay
+    words = [NUMBERS.get(word, word) for word in out.lower().split()]
+    return ' '.join(CONTRACTIONS.get(word, word) for word in words if word not in ('a', 'an', 'the'))
+
+
+def vqa_accuracy(answer: str, references: list[str]) -> float:
+    """min(1, how many of the other annotators said so / 3), averaged over who is left out; of a single reference: whether it is equal.
+
+    The official code normalises only where the annotators disagree, so that "Red." is wrong where all ten said "red". Here it always does.
+    """
+    said, of = normalise_answer(answer), [normalise_answer(r) for r in references]
+    if len(of) == 1:
+        return float(said == of[0])
+    same = of.count(said)
+    return mean([min(1., (same - (r == said)) / 3) for r in of])
+
+
+def tokenise_caption(text: str) -> list[str]:
+    """Lower-case words, clitics split off, punctuation dropped: like the Penn Treebank tokenizer of COCO's evaluation on plain sentences."""
+    return re.findall(r"\w+?(?=n't\b)|n't\b|'(?:s|m|d|re|ve|ll)\b|\w+(?:[-.,]\w+)*", text.lower())
+
+
+class Cider:
+    """CIDEr-D: how alike a caption's n-grams and its references' are, rare ones weighing more.   Vedantam et al. 2015, arXiv 1411.5726
+
+    references: the captions of each image; they also say how rare an n-gram is. Equal to pycocoevalcap's on the same tokens.
+    """
+
+    def __init__(self, references: list[list[str]], tokenise=tokenise_caption):
+        self.tokenise = tokenise
+        counts = [[self.ngrams(caption) for caption in of] for of in references]
+        self.images_with = Counter(ngram for of in counts for ngram in {ngram for caption in of for ngram in caption})
+        self.log_images = math.log(len(references))
+        self.references = [[self.vector(caption) for caption in of] for of in counts]
+
+    def ngrams(self, caption: str) -> Counter:
+        words = self.tokenise(caption)
+        return Counter(tuple(words[i:i + n]) for n in (1, 2, 3, 4) for i in range(len(words) - n + 1))
+
+    def vector(self, counts: Counter) -> tuple[list[dict], list[float], int]:
+        """(tf · idf by n, its length by n, number of bigrams)"""
+        by_n: list[dict] = [{}, {}, {}, {}]
+        for ngram, count in counts.items():
+            by_n[len(ngram) - 1][ngram] = count * (self.log_images - math.log(max(1, self.images_with[ngram])))
+        return by_n, [math.sqrt(sum(v * v for v in part.values())) for part in by_n], sum(c for ngram, c in counts.items() if len(ngram) == 2)
+
+    def score(self, image: int, caption: str) -> float:
+        """0 … 10, of one caption for the image of that number; ×100 is how tables give it (a corpus' score is the mean)."""
+        hypothesis, lengths, bigrams = self.vector(self.ngrams(caption))
+        total = 0.
+        for reference, of_reference, its_bigrams in self.references[image]:
+            for mine, other, a, b in zip(hypothesis, reference, lengths, of_reference):
+                if a and b:  # clipped at the reference's count, so that repeating a word does not pay
+                    same = sum(min(v, other.get(ngram, 0.)) * other.get(ngram, 0.) for ngram, v in mine.items())
+                    total += same / (a * b) * math.exp(-(bigrams - its_bigrams) ** 2 / (2 * 6. ** 2))
+        return 10 * total / 4 / len(self.references[image])
+
+
+def pope_scores(answers: list[str], labels: list[str]) -> dict[str, float]:
+    """Of POPE (Li et al. 2023, arXiv 2305.10355), yes being the positive: an answer is no if its first sentence has "no" or "not"."""
+    said_no = [bool({'No', 'no', 'not'} & set(answer.split('.')[0].replace(',', '').split())) for answer in answers]
+    hit = lambda no, label: sum(n == no and l == label for n, l in zip(said_no, labels))
+    tp, fp, tn, fn = hit(False, 'yes'), hit(False, 'no'), hit(True, 'no'), hit(True, 'yes')
+    ratio = lambda a, b: a / b if b else 0.
+    precision, recalled = ratio(tp, tp + fp), ratio(tp, tp + fn)
+    return {'accuracy': ratio(tp + tn, len(labels)), 'precision': precision, 'recall': recalled,
+            'f1': ratio(2 * precision * recalled, precision + recalled), 'yes_rate': ratio(tp + fp, len(labels))}
+
+
+def names_facts(caption: str, colour: str, shape: str) -> tuple[bool, bool]:
+    """Whether the colour is named and no other one is, and the same of the shape."""
+    words = set(tokenise_caption(caption))
+    return words & set(data.COLOURS) == {colour}, words & set(data.SHAPES) == {shape}
 
 
 # ==================================================================================================== sampling and ranks

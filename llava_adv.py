@@ -350,7 +350,7 @@ class LLaVA(nn.Module):
         """→ float32 [b], each sample's sum of token cross-entropies"""
         loss = F.cross_entropy(self.logits(images, batch, keys), batch.targets, reduction='none')
         if not len(images):  # text alone: projector and tower still take part, as DDP waits for their gradients on every rank
-            loss = loss + 0 * sum(p.sum() for p in self.parameters() if p.requires_grad and p.ndim == 1)
+            loss = loss + 0 * sum(p.flatten()[0] for p in self.parameters() if p.requires_grad)
         return loss.new_zeros(len(batch.ids)).index_add(0, batch.rows, loss)
 
 
@@ -512,7 +512,7 @@ def main(cfg: Config, given: set[str] | None = None) -> None:
                    mininterval=.5 if sys.stderr.isatty() else 30)
 
         # --------------------------------------------------------------------------------------- the training loop
-        for step, samples in enumerate(bar, begin + done):
+        for step, samples in enumerate(run.read(bar), begin + done):
             logging = (step + 1 - begin) % cfg.log_every == 0 or step + 1 == end
             clock, attack_ms = clip_adv.Clock(device if logging else None), 0.
             # The loss is that of the whole update: a sum over tokens divided by their number in the global batch. Means of means

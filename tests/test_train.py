@@ -247,8 +247,9 @@ def test_an_image_that_does_not_decode_is_named(tmp_path):
     (tmp_path / 'metadata.jsonl').write_text('\n'.join(rows))
     train(out=tmp_path / 'good', data=tmp_path, steps=2)  # a folder trains
     (tmp_path / '5.png').write_bytes(b'')
-    with pytest.raises(ValueError, match='5.png'):
-        train(out=tmp_path / 'bad', data=tmp_path, steps=2)
+    for workers in (0, 1):
+        with pytest.raises(SystemExit, match='error: .*5.png.*no checkpoint was saved yet. Replace the image'):
+            train(out=tmp_path / f'bad{workers}', data=tmp_path, steps=2, workers=workers)
 
 
 # ------------------------------------------------------------------------------------------------------------- compile

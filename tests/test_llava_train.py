@@ -1,0 +1,207 @@
+"""Training of stage 2 as a user runs it: processes, micro-batches, signals, resuming, bad input, the questions typed at a prompt."""
+import json
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, TINY, environment, execute, flags, torchrun
+from PIL import Image
+from test_train import assert_same_state, quantities, relative, state
+
+import clip_adv
+import data
+import llava_adv
+
+SCRIPT, ONE_STEP = ROOT / 'llava_adv.py', ROOT / 'tests' / 'one_step.py'
+
+
+@pytest.fixture(scope='session')
+def parts(tmp_path_factory):
+    """Settings of a run of seconds: a CLIP and a language model, both with next to nothing learned."""
+    root = tmp_path_factory.mktemp('parts')
+    clip_adv.main(*clip_adv.parse(clip_adv.Config, '', flags(**dict(TINY, layers=2, steps=1), out=root / 'clip')))
+    tok = data.train_llm_tokenizer(['what color is the circle?', 'a red circle', 'USER: ASSISTANT:'], 300)
+    config = dict(model_type='llama', vocab_size=320, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+                  max_position_embeddings=512, rms_norm_eps=1e-5, tie_word_embeddings=True)
+    with clip_adv.seeded(1):
+        llm = llava_adv.Llama(config)
+    (root / 'llm').mkdir()
+    llava_adv.save_directory(root / 'llm', config, dict(llm.state_dict()), tok, 512)
+    return dict(init=root / 'clip', llm=root / 'llm', steps_a=2, steps_b=4, batch_a=4, batch_size=6, log_every=1, save_every=2, lora_r=4)
+
+
+def train(parts, **settings):
+    llava_adv.main(*clip_adv.parse(llava_adv.Config, '', flags(**{**parts, **settings})))
+
+
+@pytest.fixture(scope='session')
+def whole(parts, tmp_path_factory):
+    """A run that nothing happened to."""
+    out = tmp_path_factory.mktemp('whole') / 'run'
+    execute([sys.executable, str(SCRIPT), *flags(**parts, out=out)])
+    return out
+
+
+@pytest.fixture
+def mixed(tmp_path):
+    """Conversations with and without an image, of very different lengths."""
+    g = np.random.default_rng(0)
+    rows = []
+    for i in range(6):
+        Image.fromarray(g.integers(0, 255, (20, 30, 3), np.uint8)).save(tmp_path / f'{i}.png')
+        said = [{'from': 'human', 'value': ('<image>\n' if i % 3 else '') + 'what is it?'}, {'from': 'gpt', 'value': 'red ' * (1 + 4 * i)}]
+        rows.append({'id': i, 'conversations': said} | ({'image': f'{i}.png'} if i % 3 else {}))
+    (tmp_path / 'mixed.json').write_text(json.dumps(rows))
+    return dict(data=tmp_path / 'mixed.json', image_root=tmp_path, steps_a=0, steps_b=1)
+
+
+# ----------------------------------------------------------------------------------------------------------- processes
+def test_the_whole_step_is_the_same_in_one_process_in_two_and_in_micro_batches(parts, mixed, tmp_path):
+    """Adversarial, with text-only samples, unequal numbers of answer tokens and dropout: gradients agree to 1e-5, starts to the bit."""
+    settings = dict(parts, **mixed, clip=1e9, prompt='v1')
+    execute([sys.executable, str(ONE_STEP), str(tmp_path / 'one'), 'stage=llava_adv', *flags(**settings, out=tmp_path / 'r1')])
+    execute([sys.executable, str(ONE_STEP), str(tmp_path / 'micro'), 'stage=llava_adv', *flags(**settings, micro_batch=1, out=tmp_path / 'r2')])
+    execute(torchrun(2, ONE_STEP, str(tmp_path / 'two'), 'stage=llava_adv', *flags(**settings, micro_batch=2, out=tmp_path / 'r3')))
+    one, micro, *two = (torch.load(tmp_path / name, weights_only=True) for name in ('one.0', 'micro.0', 'two.0', 'two.1'))
+    assert len(one['seen']) == 1 and len(micro['seen']) == 4  # the two without an image are not attacked
+    x, start, x_adv = one['seen'][0]
+    assert len(x) == 4 and (x_adv - x).abs().max() > 7.9 / 255
+    for others in (micro['seen'], [s for rank in two for s in rank['seen']]):
+        for whole, part in zip(one['seen'][0][:2], zip(*others)):
+            assert torch.equal(whole, torch.cat(part))
+        assert (x_adv - torch.cat([s[2] for s in others])).abs().max() < 1e-6
+    for run in (micro, *two):
+        assert relative(run['updates'][0], one['updates'][0]) <= 1e-5
+    rows = [quantities(tmp_path / r)[0] for r in ('r1', 'r2', 'r3')]
+    for row in rows[1:]:
+        assert row['answer_tokens'] == rows[0]['answer_tokens'] and row['loss_adv'] == pytest.approx(rows[0]['loss_adv'], rel=1e-5)
+        assert row['loss_clean'] == pytest.approx(rows[0]['loss_clean'], rel=1e-5)
+
+
+def test_a_rank_without_images_does_not_hang(parts, mixed, tmp_path):
+    """Its projector and tower take part with a gradient of 0."""
+    rows = json.loads(mixed['data'].read_text())
+    mixed['data'].write_text(json.dumps([rows[0], rows[3], rows[1], rows[2]] * 2))
+    settings = dict(parts, **mixed) | dict(batch_size=2, steps_b=4)
+    execute(torchrun(2, SCRIPT, *flags(**settings, out=tmp_path / 'run')))
+    assert state(tmp_path / 'run')['step'] == 4
+
+
+def test_no_attack_and_the_attack_see_the_same_samples(parts, whole, tmp_path):
+    train(parts, eps=0, out=tmp_path / 'clean')
+    clean, adv = quantities(tmp_path / 'clean'), quantities(whole)
+    assert [(r['step'], r['stage'], r['answer_tokens']) for r in clean] == [(r['step'], r['stage'], r['answer_tokens']) for r in adv]
+    assert [r['stage'] for r in adv] == ['A', 'A', 'B', 'B', 'B', 'B'] and all(r['k'] == 0 for r in clean)
+    assert clean[0]['loss_adv'] == pytest.approx(clean[0]['loss_clean'], rel=1e-6)
+    assert adv[0]['loss_adv'] > adv[0]['loss_clean'] and adv[0]['loss_clean'] == pytest.approx(clean[0]['loss_clean'], rel=1e-6)
+
+
+# ------------------------------------------------------------------------------------------------ stopping and resuming
+@pytest.mark.parametrize('step', [1, 2, 5])
+def test_resume_is_bit_exact(parts, whole, tmp_path, step):
+    """Stopped in A, between A and B, in B."""
+    command = [sys.executable, str(ONE_STEP), str(tmp_path / 'unused'), 'stage=llava_adv', f'kill={step}:{int(signal.SIGTERM)}', *flags(**parts, out=tmp_path / 'run')]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 143 and f'saved after update {step} of 6' in done.stdout, done.stdout + done.stderr
+    assert state(tmp_path / 'run')['step'] == step and not (tmp_path / 'run' / 'model.safetensors').exists()
+    execute([sys.executable, str(SCRIPT), '--out', str(tmp_path / 'run'), '--resume'])
+    assert_same_state(state(tmp_path / 'run'), state(whole))
+    assert quantities(tmp_path / 'run') == quantities(whole)
+    assert (tmp_path / 'run' / 'model.safetensors').read_bytes() == (whole / 'model.safetensors').read_bytes()
+
+
+def test_resume_after_sigkill_and_of_a_finished_run(parts, whole, tmp_path):
+    command = [sys.executable, str(ONE_STEP), str(tmp_path / 'unused'), 'stage=llava_adv', f'kill=6:{int(signal.SIGKILL)}', *flags(**parts, out=tmp_path / 'run')]
+    assert subprocess.run(command, env=environment(), capture_output=True).returncode == -signal.SIGKILL
+    assert state(tmp_path / 'run')['step'] == 4
+    train(parts, out=tmp_path / 'run', resume=True)
+    assert_same_state(state(tmp_path / 'run'), state(whole))
+    (tmp_path / 'run' / 'model.safetensors').unlink()
+    train(parts, out=tmp_path / 'run', resume=True)  # nothing is left to train: what is derived is written again
+    assert (tmp_path / 'run' / 'model.safetensors').read_bytes() == (whole / 'model.safetensors').read_bytes()
+
+
+def test_resume_with_another_llm(parts, whole, tmp_path):
+    out = tmp_path / 'run'
+    train(parts, out=out, steps_b=1)
+    llm, tok = llava_adv.load_llm(str(parts['llm']), torch.float32)
+    other = tmp_path / 'llm'
+    other.mkdir()
+    llava_adv.save_directory(other, llm.config, {n: w + .1 for n, w in llm.state_dict().items()}, tok, 512)
+    saved = state(out)
+    torch.save(saved | {'config': saved['config'] | {'llm': str(other)}}, out / 'train_state.pt')
+    with pytest.raises(SystemExit, match='the LLM in .* is not the one that the run'):
+        llava_adv.main(*clip_adv.parse(llava_adv.Config, '', flags(out=out, resume=True)))
+
+
+def test_the_whole_llm_can_be_trained(parts, tmp_path):
+    train(parts, out=tmp_path / 'full', lora_r=0, steps_b=2)
+    before, _ = llava_adv.load_llm(str(parts['llm']), torch.float32)
+    after, _ = llava_adv.load_llava(str(tmp_path / 'full'))
+    assert all(not torch.equal(w, after.llm.state_dict()[n]) for n, w in before.state_dict().items())
+    assert 'llm.model.norm.weight' in state(tmp_path / 'full')['model']
+
+
+def test_from_a_llava(parts, whole, tmp_path):
+    """--init takes a LLaVA: tower, projector and LLM from it. A and B in two runs are what they are in one, but for the optimizer."""
+    train(parts, out=tmp_path / 'a', steps_b=0)
+    more = {k: v for k, v in parts.items() if k not in ('init', 'llm')} | dict(init=tmp_path / 'a', steps_a=0)
+    train(more, out=tmp_path / 'b')
+    assert [r['loss_adv'] for r in quantities(tmp_path / 'b')] == pytest.approx([r['loss_adv'] for r in quantities(whole)[2:]], rel=1e-5)
+    train(more, out=tmp_path / 'b', resume=True)
+    with pytest.raises(SystemExit, match='is a LLaVA and brings its LLM'):
+        train(dict(more, llm=parts['llm']), out=tmp_path / 'c')
+
+
+def test_the_last_block_is_kept_as_it_was(parts, whole):
+    clip, _ = clip_adv.load_clip(parts['init'])
+    model, _ = llava_adv.load_llava(str(whole))
+    ours = model.visual.state_dict()
+    same = {n: torch.equal(w, ours[n]) for n, w in clip.visual.state_dict().items() if n in ours}
+    assert all(equal == n.startswith(('ln_post', 'transformer.resblocks.1.')) for n, equal in same.items()), same
+
+
+# ----------------------------------------------------------------------------------------------------------- bad input
+@pytest.mark.parametrize('settings, message', [
+    (dict(eps=-1), '--eps -1'), (dict(eps=.0314), 'did you mean 8'), (dict(alpha=17), '--alpha 17.*2ε = 16'), (dict(k=0), '--k 0.*--eps 0'),
+    (dict(steps_a=0, steps_b=0), 'not both 0'), (dict(steps_b=-2), '--steps_b -2'), (dict(batch_size=0), '--batch_size 0'), (dict(micro_batch=-1), '--micro_batch -1'),
+    (dict(lora_r=-1), '--lora_r -1'), (dict(lora_dropout=1), '--lora_dropout 1'), (dict(prompt='v0'), "--prompt v0: must be 'v1'"),
+    (dict(dtype='half'), '--dtype half'), (dict(init='nowhere'), 'nowhere is no run'), (dict(llm='nowhere'), '--llm nowhere: no such directory'),
+    (dict(data='nowhere'), '--data nowhere'), (dict(max_length=16), 'easyvqa, image .*cut off.*--max_length is 16'), (dict(turns=0), '--turns 0')])
+def test_bad_settings(parts, tmp_path, settings, message):
+    with pytest.raises(SystemExit, match=message):
+        train(parts, out=tmp_path / 'run', **settings)
+    assert not (tmp_path / 'run' / 'train_state.pt').exists()
+
+
+def test_cut_samples_are_counted(parts, mixed, tmp_path, capsys):
+    train(parts, **mixed | dict(out=tmp_path / 'run', max_length=40, prompt='chat'))
+    assert 'of 6 conversations are cut at 40 tokens; see --max_length' in capsys.readouterr().out
+
+
+def test_an_image_that_does_not_decode_is_named(parts, mixed, tmp_path):
+    (tmp_path / '4.png').write_bytes(b'')
+    with pytest.raises(SystemExit, match='4.png'):
+        train(parts, **mixed | dict(out=tmp_path / 'run'))
+
+
+# ----------------------------------------------------------------------------------------------------------------- chat
+def test_chat(whole, tmp_path):
+    Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / 'a.png')
+    done = subprocess.run([sys.executable, str(SCRIPT), '--init', str(whole), '--chat', str(tmp_path / 'a.png')], env=environment(),
+                          input='what is it?\n\n<image>\nsure?\n', capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.count('>') >= 3 and 'cannot stand in a question' in done.stdout, done.stdout + done.stderr
+    output = execute([sys.executable, str(SCRIPT), '--init', str(whole), '--chat', str(tmp_path / 'b.png')], fails=True)
+    assert 'b.png' in output and 'Traceback' not in output
+    output = execute([sys.executable, str(SCRIPT), '--init', str(tmp_path), '--chat', str(tmp_path / 'a.png')], fails=True)
+    assert 'is no LLaVA directory' in output
+
+
+@pytest.mark.gpu
+def test_on_cuda(parts, tmp_path):
+    train(parts, out=tmp_path / 'run', steps_b=20, lr=1e-2, checkpoint=True)
+    rows = quantities(tmp_path / 'run')
+    assert rows[-1]['loss_adv'] < rows[2]['loss_adv']

@@ -966,7 +966,7 @@ def read_gguf(file: Path):
 
     def weights():
         for name, tensor in tensors.items():
-            w = torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type))
+            w = torch.tensor(gguf.quants.dequantize(tensor.data, tensor.tensor_type))
             stem, _, leaf = name.rpartition('.')
             if name.startswith('blk.'):
                 _, layer, part = stem.split('.')

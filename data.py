@@ -229,12 +229,17 @@ def easyvqa_chats(split: str, captions: bool, turns: int) -> Chats:
         for i, fact in sorted(facts.items()):
             chats += [Chat(root / f'{i}.png', [(IMAGE, sentence)], f'easyvqa, image {i}') for sentence in describe(*fact)]
         return Chats(chats, 'shapes', f'easyvqa: {len(facts)} images with 5 sentences each')
+    # Three of four questions are yes/no, and most of their answers follow from the question alone. Only as many with yes as with no
+    # are kept for each text, so that it takes a look at the image to gain anything on them.
+    listed = [Question(root / f'{i}.png', q, [a], 'yes/no' if a in ('yes', 'no') else 'what', '') for q, a, i in asked]
+    even = {id(q) for q in balanced(listed)}
     of: dict[int, list[tuple[str, str]]] = {}
-    for question, answer, i in asked:
-        of.setdefault(i, []).append((question, answer))
+    for row, (question, answer, i) in zip(listed, asked):
+        if row.kind == 'what' or id(row) in even:
+            of.setdefault(i, []).append((question, answer))
     for i, questions in sorted(of.items()):
         order = torch.randperm(len(questions), generator=generator(0, 'easyvqa turns', i)).tolist()
-        if i in facts:  # two of the sentences, so that a sixth of the answers are captions
+        if i in facts:  # two of the sentences, so that a quarter of the answers are captions
             pick = torch.randperm(5, generator=generator(0, 'easyvqa sentence', i)).tolist()
             chats += [Chat(root / f'{i}.png', [(f'{IMAGE}\n{CAPTION_QUESTION}', describe(*facts[i])[s])], f'easyvqa, image {i}')
                       for s in pick[:2]]
@@ -242,7 +247,7 @@ def easyvqa_chats(split: str, captions: bool, turns: int) -> Chats:
             part = [questions[q] for q in order[start:start + turns]]
             part[0] = (f'{IMAGE}\n{part[0][0]}', part[0][1])
             chats.append(Chat(root / f'{i}.png', part, f'easyvqa, image {i}'))
-    return Chats(chats, 'shapes', f'easyvqa: {len(chats)} conversations about {len(of)} images, {len(asked)} questions and '
+    return Chats(chats, 'shapes', f'easyvqa: {len(chats)} conversations about {len(of)} images, {sum(map(len, of.values()))} of {len(asked)} questions and '
                                   f'{2 * len(facts)} captions')
 
 

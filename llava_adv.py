@@ -71,7 +71,7 @@ class Config:
     batch_a: int = 32             # global: of all processes together
     lr_a: float = 3e-3            # peak learning rate
     # sub-stage B: LLM, projector and image tower, on conversations
-    steps_b: int = 1500           # updates; 0: leave B out; -1: one epoch
+    steps_b: int = 500            # updates; 0: leave B out; -1: one epoch
     batch_size: int = 32          # global: of all processes together
     lr: float = 2e-3              # of the LLM (its adapters)
     lr_projector: float = 1e-3    # of the projector
@@ -743,7 +743,7 @@ def fingerprint(llm: Llama) -> str:
     return digest.hexdigest()
 
 
-def train_tiny_llm(folder: Path, cfg: Config, steps: int = 300, batch_size: int = 64, lr: float = 1e-3) -> None:
+def train_tiny_llm(folder: Path, cfg: Config, steps: int = 250, batch_size: int = 32, lr: float = 1e-3) -> None:
     """A language model of about a million parameters, trained on the text of the training split and on no image: the stand-in for a
     pretrained LLM. In four of five texts a caption stands where the image will stand, so it learns to answer from a description; in
     the others nothing does, so it learns which answers a question has, and how often: all that one who never looks can know.

@@ -424,8 +424,9 @@ def test_easyvqa_conversations():
     images = lambda chats: {chat.image for chat in chats.chats}
     assert not images(train) & images(val) and images(val) == set(data.load_pairs('easyvqa', 'val').files)
     asked = [(chat.image, q.replace('<image>\n', ''), a) for chat in train.chats + val.chats for q, a in chat.turns if q.split('\n')[-1] != data.CAPTION_QUESTION]
-    import easy_vqa
-    assert len(asked) == len(easy_vqa.get_train_questions()[0])
+    yes_no = [(q, a) for _, q, a in asked if a in ('yes', 'no')]
+    assert len(asked) - len(yes_no) == 10168  # all the "what" questions; of the others, per text, as many with yes as with no
+    assert len(yes_no) > 9000 and all(yes_no.count((q, 'yes')) == yes_no.count((q, 'no')) for q in {q for q, _ in yes_no[:50]})
     assert all(q.count('<image>') == (n == 0) for chat in train.chats for n, (q, _) in enumerate(chat.turns))
     for sentence in data.describe('red', 'circle'):
         assert len(sentence.split()) >= 6 and 'red' in sentence.split() and 'circle' in sentence.split()

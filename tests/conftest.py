@@ -53,3 +53,29 @@ def global_generator_untouched():
     before = torch.get_rng_state()
     yield
     assert torch.equal(before, torch.get_rng_state()), 'the global random state was touched'
+
+
+@pytest.fixture(scope='session')
+def parts(tmp_path_factory):
+    """Settings of a run of stage 2 that takes seconds: a CLIP and a language model, both with next to nothing learned."""
+    import clip_adv
+    import data
+    import llava_adv
+    root = tmp_path_factory.mktemp('parts')
+    clip_adv.main(*clip_adv.parse(clip_adv.Config, '', flags(**dict(TINY, layers=2, steps=1), out=root / 'clip')))
+    tok = data.train_llm_tokenizer(['what color is the circle?', 'a red circle', 'USER: ASSISTANT:'], 300)
+    config = dict(model_type='llama', vocab_size=320, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+                  max_position_embeddings=512, rms_norm_eps=1e-5, tie_word_embeddings=True)
+    with clip_adv.seeded(1):
+        llm = llava_adv.Llama(config)
+    (root / 'llm').mkdir()
+    llava_adv.save_directory(root / 'llm', config, dict(llm.state_dict()), tok, 512)
+    return dict(init=root / 'clip', llm=root / 'llm', steps_a=2, steps_b=4, batch_a=4, batch_size=6, log_every=1, save_every=2, lora_r=4)
+
+
+@pytest.fixture(scope='session')
+def whole(parts, tmp_path_factory):
+    """A run of stage 2 that nothing happened to."""
+    out = tmp_path_factory.mktemp('whole') / 'run'
+    execute([sys.executable, str(ROOT / 'llava_adv.py'), *flags(**parts, out=out)])
+    return out

@@ -1,0 +1,151 @@
+"""eval.py on LLaVA directories: the attack on answers, its commands, and that neither batch size nor processes change a result."""
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, execute, torchrun
+from PIL import Image
+
+import attacks
+import data
+import eval as evaluation
+
+CPU = torch.device('cpu')
+
+
+def run(*words):
+    args = evaluation.parse([*map(str, words), '--quiet'])
+    return evaluation.main(args)
+
+
+def sensitive(place, batch_size=12):
+    """A model whose answers hang on the image: the untrained one hardly hears its projector."""
+    model = evaluation.Answerer(str(place), CPU, 4, batch_size)
+    for layer in model.model.llm.model.layers:
+        layer.self_attn.o_proj.weight.data *= 100
+    model.model.projector.linear_2.weight.data *= 20
+    return model
+
+
+def asked_of(model, n=12, rounds=None):
+    """Questions whose right answer is, by definition, what the model says of the clean image."""
+    found = data.vqa_set('easyvqa', 'val').questions[:n]
+    x = torch.stack([model.pixels(q.image) for q in found])
+    says = model.answer(x, [q.question for q in found])
+    return x, [evaluation.Asked(i, q.image, q.question, rounds or [('away', said), ('again', ''), ('towards', 'maybe')], lambda text, said=said: float(text == said))
+               for i, (q, said) in enumerate(zip(found, says))]
+
+
+def test_the_attack_on_answers(whole):
+    """Breaks a model without robustness; what it reports is what the images do; the images stay in ball and box; the worst is kept."""
+    model = sensitive(whole, 5)
+    x, asked = asked_of(model)
+    eps = 64 / 255
+    texts, scores, images = model.worst(x, asked, eps, 0., iterations=30)
+    assert model.answer(images, [a.question for a in asked]) == texts
+    assert scores == [a.score(t) for a, t in zip(asked, texts)] and sum(scores) <= 8
+    attacks.check(x, images, eps)
+    assert [float(t == s) for t, s in zip(texts, model.answer(x, [a.question for a in asked]))] == scores
+    late = model.worst(x, asked, eps, 0., iterations=30, early=False)[1]  # looking after each round only finds no more
+    assert sum(late) >= sum(scores)
+
+
+def test_batch_size_and_company_change_nothing(whole):
+    model = sensitive(whole)
+    x, asked = asked_of(model)
+    texts, scores, images = model.worst(x, asked, 4 / 255, 0., iterations=10)
+    model.batch_size = 5
+    texts2, scores2, images2 = model.worst(x, asked, 4 / 255, 0., iterations=10)
+    alone = [model.worst(x[i:i + 1], asked[i:i + 1], 4 / 255, 0., iterations=10) for i in range(4)]
+    assert texts == texts2 and scores == scores2 and 0 < sum(scores) < 12
+    assert [t for t, _, _ in alone] == [[t] for t in texts[:4]]
+    assert (images - images2).abs().mean() < 1e-4  # a sign may flip where a gradient is 0 up to rounding
+
+
+def test_samples_leave_when_they_are_broken(whole, monkeypatch):
+    model = evaluation.Answerer(str(whole), CPU, 4, 12)
+    x, asked = asked_of(model, rounds=[('away', 'yes')] * 3)
+    spent, logits = [], model.model.logits
+    model.model.logits = lambda z, batch: spent.append(len(z)) or logits(z, batch)
+    wrong = [evaluation.dataclasses.replace(a, score=lambda text: 0.) for a in asked]  # wrong from the start: nothing is spent
+    assert model.worst(x, wrong, 8 / 255, 0.)[1] == [0.] * 12 and spent == []
+    right = [evaluation.dataclasses.replace(a, score=lambda text: 1.) for a in asked]  # never wrong: the whole budget
+    assert model.worst(x, right, 8 / 255, 0., iterations=4)[1] == [1.] * 12 and sum(spent) == 12 * 3 * 5
+
+
+def test_towards(whole):
+    """A sentence that a model without robustness can be made to say; success is what is in the answer."""
+    model = evaluation.Answerer(str(whole), CPU, 1, 12)
+    x, asked = asked_of(model)
+    goal = next(t for t in (model.tokenizer.decode([i]) for i in range(260, 300)) if t.strip() and t not in model.answer(x, [a.question for a in asked]))
+    asked = [evaluation.Asked(a.number, a.image, a.question, [('towards', goal)], lambda text: float(goal not in text)) for a in asked]
+    before = model.model(x, evaluation.llava_adv.collate([data.Sample(None, *model.ids(a.question, goal), 0) for a in asked], model.tokenizer.pad))
+    _, _, images = model.worst(x, asked, 64 / 255, 0., iterations=30)
+    after = model.model(images, evaluation.llava_adv.collate([data.Sample(None, *model.ids(a.question, goal), 0) for a in asked], model.tokenizer.pad))
+    assert ((after < before) | torch.tensor([torch.equal(a, b) for a, b in zip(images, x)])).all()
+
+
+def test_vqa_command(whole, tmp_path, capsys):
+    common = [whole, '--split', 'val', '--n', 6, '--eps', 16, '--iterations', 5]
+    assert run('vqa', *common, '--json', tmp_path / 'a.json') == 0
+    table = capsys.readouterr().out
+    assert '| what ' in table and 'yes/no, balanced' in table and '| all ' in table
+    assert run('vqa', *common, '--batch_size', 3, '--json', tmp_path / 'b.json') == 0
+    execute(torchrun(2, ROOT / 'eval.py', 'vqa', *map(str, common), '--json', str(tmp_path / 'c.json')))
+    a, b, c = (json.loads((tmp_path / f'{name}.json').read_text()) for name in 'abc')
+    assert a['results'] == b['results'] == c['results'] and len(a['results']) == 3
+    for row in a['results']:
+        assert row['n'] == 6 and 0 <= row['adv_accuracy']['16'] <= row['clean_accuracy'] <= 1
+        answers, truth = row['answers'], {q.name: q for q in data.vqa_set('easyvqa', 'val').questions}
+        for eps, value in (('0', row['clean_accuracy']), ('16', row['adv_accuracy']['16'])):
+            assert np.mean([evaluation.vqa_accuracy(t, truth[n].answers) for n, t in answers[eps].items()]) == pytest.approx(value)
+
+
+def test_a_language_model_alone_is_the_row_without_an_image(parts, capsys):
+    assert run('vqa', parts['llm'], '--split', 'val', '--n', 5, '--questions', 'what') == 0
+    row = capsys.readouterr().out.splitlines()[-1]
+    assert row.rstrip(' |').endswith('–') and '| what ' in row
+
+
+def test_pope_command(whole, tmp_path, capsys):
+    assert run('pope', whole, '--split', 'val', '--n', 6, '--eps', 16, '--iterations', 3, '--json', tmp_path / 'a.json') == 0
+    row, = json.loads((tmp_path / 'a.json').read_text())['results']
+    labels = {q.name: q.answers[0] for q in data.pope_set('easyvqa', 'val').questions}
+    for eps, of in row['answers'].items():
+        found = evaluation.pope_scores(list(of.values()), [labels[n] for n in of])
+        assert {k: row[f'clean_{k}'] if eps == '0' else row[f'adv_{k}'][eps] for k in found} == pytest.approx(found)
+
+
+def test_caption_command(whole, tmp_path, capsys):
+    common = ['caption', whole, '--split', 'val', '--n', 4, '--eps', 16, '--iterations', 2]
+    assert run(*common, '--json', tmp_path / 'a.json') == 0
+    assert 'a reference of the image' in capsys.readouterr().out
+    found = json.loads((tmp_path / 'a.json').read_text())
+    row = found['results'][0]
+    assert row['adv_16']['cider'] <= row['clean']['cider'] and found['bounds']['a reference of the image']['both'] == 1
+    assert found['bounds']['a reference of another image']['cider'] < found['bounds']['a reference of the image']['cider']
+    assert run(*common, '--targeted', 'a red circle', 'stocks', '--grid', tmp_path / 'g.png', '--json', tmp_path / 'b.json') == 0
+    rates = json.loads((tmp_path / 'b.json').read_text())['results'][0]['success']
+    assert set(rates) == {'a red circle', 'stocks'} and all(0 <= v <= 1 for of in rates.values() for v in of.values())
+    assert Image.open(tmp_path / 'g.png').width > 600
+
+
+def test_sqa_command(whole, tmp_path, capsys):
+    (tmp_path / 'test' / '3').mkdir(parents=True)
+    Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / 'test' / '3' / 'image.png')
+    problem = {'question': 'Which?', 'choices': ['x', 'y'], 'answer': 1, 'hint': '', 'image': 'image.png'}
+    (tmp_path / 'problems.json').write_text(json.dumps({'3': problem}))
+    (tmp_path / 'pid_splits.json').write_text(json.dumps({'test': ['3']}))
+    assert run('sqa', whole, '--data', tmp_path, '--eps', 8, '--iterations', 2) == 0
+    assert 'ScienceQA' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('words, message', [
+    (['vqa', '{run}', '--eps', '0.03'], 'did you mean 7.65'), (['vqa', '{run}', '--questions', 'why'], 'must be among what'), (['vqa', '{clip}'], 'is no LLaVA'),
+    (['pope', '{run}', '--data', 'nowhere'], '--data nowhere'), (['caption', '{run}', '--grid', 'nowhere/x.png'], 'no folder nowhere'),
+    (['sqa', '{run}'], '--data'), (['vqa', '{run}', '--iterations', '0'], '--iterations 0')])
+def test_bad_commands(whole, parts, words, message, capsys):
+    with pytest.raises(SystemExit) as e:
+        run(*[w.format(run=whole, clip=parts['init']) for w in words])
+    assert message in str(e.value) + capsys.readouterr().err

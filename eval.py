@@ -1103,8 +1103,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     s.add_argument('--image', required=True, metavar='FILE')
     s.add_argument('--labels', required=True, help="texts to choose from, separated by commas: 'a cat,a dog'")
     s.add_argument('--label', default='', help='the true one, which is attacked; default: what the model sees in the clean image')
-    for run, text, n, words, eps in ((vqa, 'questions about images: VQA accuracy', 500, 5, [8.]), (pope, 'hallucination: yes or no', 500, 5, [8.]),
-                                     (sqa, 'ScienceQA, questions with an image', 500, 5, [8.]), (caption, 'captions: CIDEr; forced sentences', 500, 20, [8.])):
+    for run, text, n, words, eps in ((vqa, 'questions about images: VQA accuracy', 500, 5, [12.]), (pope, 'hallucination: yes or no', 500, 5, [12.]),
+                                     (sqa, 'ScienceQA, questions with an image', 500, 5, [12.]), (caption, 'captions: CIDEr; forced sentences', 500, 20, [12.])):
         c = commands.add_parser(run.__name__, help=text, description=run.__doc__, allow_abbrev=False,
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
         c.add_argument('dirs', nargs='+', metavar='DIR', help='LLaVA directories; of a language model alone: what it answers without the image')

@@ -63,7 +63,7 @@ class Config:
     seed: int = 0                 # of order, augmentation, δ₀, adapters, dropout and the tiny LLM
     chat: str = ''                # FILE of an image: answer questions about it, with the LLaVA in --init, instead of training
     # attack
-    eps: float = 8.               # radius ε of the l∞ ball, in 1/255; 0 tunes on clean images
+    eps: float = 12.              # radius ε of the l∞ ball, in 1/255; 0 tunes on clean images
     alpha: float | None = None    # step size α, in 1/255; default 0.75 ε (the paper's 3 for ε = 4)
     k: int = 2                    # PGD steps K
     # sub-stage A: the projector alone, on captions

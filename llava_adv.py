@@ -463,7 +463,11 @@ class Prompt:
         if not any(labels[1:self.max_length]):
             raise SystemExit(f'error: {chat.name}: ' + (f'its answers are cut off: it has {len(ids)} tokens, {self.image_tokens} of them the '
                              f"image's, and --max_length is {self.max_length}" if any(labels) else 'no answer, so there is nothing to predict'))
-        return ids[:self.max_length], labels[:self.max_length]
+        ids, labels = ids[:self.max_length], labels[:self.max_length]
+        if ids.count(self.tokenizer.image) != self.image_tokens * (chat.image is not None):
+            raise SystemExit(f'error: {chat.name}: ' + (f'its image ({self.image_tokens} tokens) is cut off at --max_length {self.max_length}' if chat.image
+                             else 'no image, and sub-stage A needs one'))
+        return ids, labels
 
 
 # ========================================================================================================= the training
@@ -707,7 +711,7 @@ def build(cfg: Config, state: dict | None, rank: int, device: torch.device) -> t
             tower = state['tower']
             visual = make_tower(tower)
         if cfg.llm == 'tiny':
-            if rank == 0 and not (Path(cfg.out) / 'llm' / MODEL).exists():
+            if rank == 0 and state is None and not tiny_llm_is_there(cfg):
                 train_tiny_llm(Path(cfg.out) / 'llm', cfg)
             if dist.is_initialized():
                 dist.barrier()
@@ -743,6 +747,21 @@ def fingerprint(llm: Llama) -> str:
     return digest.hexdigest()
 
 
+def made_from(cfg: Config) -> list:
+    """What the tiny LLM depends on."""
+    files = [(name, os.stat(name).st_size, os.stat(name).st_mtime) if os.path.isfile(name) else (name, 0, 0) for name in (cfg.data, cfg.data_a)]
+    return [cfg.seed, cfg.turns, *map(list, files)]
+
+
+def tiny_llm_is_there(cfg: Config) -> bool:
+    """From a run before, with the same data and seed."""
+    try:
+        config = json.loads((Path(cfg.out) / 'llm' / 'config.json').read_text(encoding='utf-8'))
+    except (OSError, ValueError):
+        return False
+    return config.get('made_from') == made_from(cfg) and (Path(cfg.out) / 'llm' / MODEL).exists()
+
+
 def train_tiny_llm(folder: Path, cfg: Config, steps: int = 250, batch_size: int = 32, lr: float = 1e-3) -> None:
     """A language model of about a million parameters, trained on the text of the training split and on no image: the stand-in for a
     pretrained LLM. In four of five texts a caption stands where the image will stand, so it learns to answer from a description; in
@@ -770,7 +789,7 @@ def train_tiny_llm(folder: Path, cfg: Config, steps: int = 250, batch_size: int 
     config = {'model_type': 'llama', 'architectures': ['LlamaForCausalLM'], 'vocab_size': -(-tokenizer.vocab_size // 64) * 64, 'hidden_size': 128,
               'intermediate_size': 384, 'num_hidden_layers': 4, 'num_attention_heads': 4, 'num_key_value_heads': 4, 'hidden_act': 'silu',
               'max_position_embeddings': 2048, 'rms_norm_eps': 1e-5, 'rope_theta': 10000., 'tie_word_embeddings': True, 'attention_bias': False,
-              'bos_token_id': tokenizer.bos, 'eos_token_id': tokenizer.eos, 'pad_token_id': tokenizer.pad}
+              'bos_token_id': tokenizer.bos, 'eos_token_id': tokenizer.eos, 'pad_token_id': tokenizer.pad, 'made_from': made_from(cfg)}
     with clip_adv.seeded(cfg.seed):
         llm = Llama(config)
     for name, p in llm.named_parameters():  # norms stay at 1; what writes into the residual stream starts smaller, as in GPT-2

@@ -388,6 +388,10 @@ def test_samples_without_an_answer():
     prompt = llava_adv.Prompt(tokenizer(), 'chat', 64, 70)
     with pytest.raises(SystemExit, match=r"file.json, entry 7: its answers are cut off: it has \d+ tokens, 64 of them.*--max_length is 70"):
         prompt(data.Chat('x', [('<image>\n' + 'what color is the circle? ' * 9, 'red')], 'file.json, entry 7'))
+    with pytest.raises(SystemExit, match=r'entry 8: its image \(64 tokens\) is cut off at --max_length 70'):
+        prompt(data.Chat('x', [('what color?', 'red'), ('<image>\nand here?', 'red')], 'file.json, entry 8'))
+    with pytest.raises(SystemExit, match='entry 9: no image, and sub-stage A needs one'):
+        llava_adv.Prompt(tokenizer(), 'plain', 64, 99)(data.Chat(None, [('hello', 'hi')], 'file.json, entry 9'))
 
 
 def test_llava_json(tmp_path):

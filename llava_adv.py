@@ -485,7 +485,7 @@ def main(cfg: Config, given: set[str] | None = None) -> None:
     model.to(device).eval()                                                # only the adapters know dropout, and they are told when
     model.llm.checkpointing = cfg.checkpoint
     first_step = state['step'] if state else 0
-    amp = torch.autocast(device.type, torch.bfloat16, enabled=device.type == 'cuda')
+    amp = torch.autocast(device.type, torch.bfloat16, enabled=device.type == 'cuda' or cfg.dtype == 'bfloat16')
     run = None
 
     end = 0
@@ -518,7 +518,7 @@ def main(cfg: Config, given: set[str] | None = None) -> None:
         # --------------------------------------------------------------------------------------- the training loop
         for step, samples in enumerate(run.read(bar), begin + done):
             logging = (step + 1 - begin) % cfg.log_every == 0 or step + 1 == end
-            clock, attack_ms = clip_adv.Clock(device if logging else None), 0.
+            clock, attack_ms, train_ms = clip_adv.Clock(device if logging else None), 0., 0.
             # The loss is that of the whole update: a sum over tokens divided by their number in the global batch. Means of means
             # would weigh a token by how many others its rank or its micro-batch happens to hold.
             tokens = world_sum(sum(map(sum, (s.labels[1:] for s in samples))), device)
@@ -555,6 +555,7 @@ def main(cfg: Config, given: set[str] | None = None) -> None:
                     loss = step_model(x_adv, batch, batch.keys).sum()
                     (loss * world / tokens).backward()                     # times W, as DDP averages over the ranks
                 loss_adv += loss.detach()
+                train_ms += clock.lap_ms() or 0
             grad_norm = nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], cfg.clip)
             if not math.isfinite(grad_norm):                               # the same on all ranks
                 run.fail(step, loss_adv.item() / tokens, grad_norm.item())
@@ -563,7 +564,7 @@ def main(cfg: Config, given: set[str] | None = None) -> None:
                 group['lr'] = rate * group['peak']
             optimizer.step()
             optimizer.zero_grad()
-            train_ms = clock.lap_ms()
+            train_ms += clock.lap_ms() or 0
 
             # 3. Log, save, and stop when asked to, all ranks at the same step.
             if logging:

@@ -76,6 +76,9 @@ def parts(tmp_path_factory):
 @pytest.fixture(scope='session')
 def whole(parts, tmp_path_factory):
     """A run of stage 2 that nothing happened to."""
+    import clip_adv
+    import llava_adv
+    torch.set_num_threads(1)
     out = tmp_path_factory.mktemp('whole') / 'run'
-    execute([sys.executable, str(ROOT / 'llava_adv.py'), *flags(**parts, out=out)])
+    llava_adv.main(*clip_adv.parse(llava_adv.Config, '', flags(**parts, out=out)))
     return out

@@ -58,6 +58,20 @@ def test_the_whole_step_is_the_same_in_one_process_in_two_and_in_micro_batches(p
         assert row['loss_clean'] == pytest.approx(rows[0]['loss_clean'], rel=1e-5)
 
 
+def test_two_processes_make_the_run_of_one(parts, whole, tmp_path):
+    """Both sub-stages, up to the order of sums."""
+    settings = dict(parts, batch_a=4, batch_size=6)
+    execute(torchrun(2, SCRIPT, *flags(**settings, out=tmp_path / 'two')))
+    for row, row2 in zip(quantities(whole), quantities(tmp_path / 'two'), strict=True):
+        assert row['loss_adv'] == pytest.approx(row2['loss_adv'], rel=1e-3) and row['answer_tokens'] == row2['answer_tokens']
+
+
+def test_bfloat16_on_a_cpu(parts, whole, tmp_path):
+    """The LLM's own weights in half the memory; images, attack and adapters stay float32."""
+    train(parts, out=tmp_path / 'run', dtype='bfloat16', checkpoint=True)
+    assert [r['loss_adv'] for r in quantities(tmp_path / 'run')] == pytest.approx([r['loss_adv'] for r in quantities(whole)], rel=.02)
+
+
 def test_a_rank_without_images_does_not_hang(parts, mixed, tmp_path):
     """Its projector and tower take part with a gradient of 0."""
     rows = json.loads(mixed['data'].read_text())
@@ -84,7 +98,7 @@ def test_resume_is_bit_exact(parts, whole, tmp_path, step):
     done = subprocess.run(command, env=environment(), capture_output=True, text=True)
     assert done.returncode == 143 and f'saved after update {step} of 6' in done.stdout, done.stdout + done.stderr
     assert state(tmp_path / 'run')['step'] == step and not (tmp_path / 'run' / 'model.safetensors').exists()
-    execute([sys.executable, str(SCRIPT), '--out', str(tmp_path / 'run'), '--resume'])
+    llava_adv.main(*clip_adv.parse(llava_adv.Config, '', ['--out', str(tmp_path / 'run'), '--resume']))  # no other flag is needed
     assert_same_state(state(tmp_path / 'run'), state(whole))
     assert quantities(tmp_path / 'run') == quantities(whole)
     assert (tmp_path / 'run' / 'model.safetensors').read_bytes() == (whole / 'model.safetensors').read_bytes()

@@ -572,10 +572,16 @@ def questions(args, rank: int, world: int, device: torch.device, found: data.Que
             results.append(row)
     if rank == 0:
         say(f'{title}, split {args.split}; {answer_attack_text(args)}; {found.note}')
-        for name in measures:
+        at = lambda r, name, eps: percent(r[f'adv_{name}'][eps]) if eps else percent(r[f'clean_{name}'])
+        radii = lambda r, name: ['', *r[f'adv_{name}']]  # none of a language model alone
+        if len(measures) == 1:
+            name, = measures
             table([name, 'questions', 'n', 'clean', *(f'ε = {eps:g}' for eps in args.eps)],
-                  [[r['dir'], r['questions'], str(r['n']), percent(r[f'clean_{name}']),
-                    *(percent(r[f'adv_{name}'][f'{eps:g}']) if f'{eps:g}' in r[f'adv_{name}'] else '–' for eps in args.eps)] for r in results])
+                  [[r['dir'], r['questions'], str(r['n']), *(at(r, name, eps) for eps in radii(r, name)), *['–'] * (len(args.eps) + 1 - len(radii(r, name)))]
+                   for r in results])
+        else:
+            table(['in %', 'questions', 'n', 'ε', *measures], [[r['dir'], r['questions'], str(r['n']), eps or '0', *(at(r, name, eps) for name in measures)]
+                                                              for r in results for eps in radii(r, next(iter(measures)))])
     return {'n': len(numbers), 'results': results}
 
 
@@ -1117,7 +1123,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         c.add_argument('--attack', default='ensemble', choices=['ensemble', 'none'])
         c.add_argument('--eps', type=float, nargs='*', default=eps, help='radius in 1/255')
         c.add_argument('--iterations', type=int, default=100, help='of each round of the attack')
-        c.add_argument('--max_new', type=int, default=words, help='tokens of an answer')
+        c.add_argument('--max_new', type=int, default=words, help='tokens of an answer (TextVQA: 10)')
         c.add_argument('--seed', type=int, default=0, help='of the sample')
         c.add_argument('--batch_size', type=int, default=32, help='samples at a time, on each process')
         c.add_argument('--json', default='', metavar='FILE', help='write what was measured')

@@ -28,6 +28,7 @@ import math
 import os
 import sys
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 
@@ -475,7 +476,7 @@ def main(cfg: Config, given: set[str] | None = None) -> None:
     """Trains. given: the names of the settings that the user chose; default: those that differ from Config's."""
     if cfg.chat:
         return chat(cfg)
-    rank, world, device = clip_adv.start_processes()
+    rank, world, device = clip_adv.start_processes(timedelta(hours=2))      # rank 0 may have an LLM to fetch, or to train
     state, cfg = clip_adv.open_run(cfg, given, Run.FILES)
     check_config(cfg, given, world)
     clip_adv.all_agree(state['step'] if state else 0, cfg, world)
@@ -508,7 +509,7 @@ def main(cfg: Config, given: set[str] | None = None) -> None:
             if rank == 0:
                 run.introduce(run.arithmetic(plan, world), world, device)
         run.optimizer, run.sub = optimizer, sub
-        check_samples(chats, prompt, sub, rank)
+        check_samples(chats, prompt, sub, rank, world, device)
         done = max(first_step - begin, 0)
         stream = data.stream(data.ChatDataset(chats, prompt, fit(model), cfg.seed), len(chats), batch_size=batch_size, first_step=done,
                              last_step=steps, seed=cfg.seed, rank=rank, world=world, workers=cfg.workers, collate=list)
@@ -817,13 +818,12 @@ def train_tiny_llm(folder: Path, cfg: Config, steps: int = 250, batch_size: int 
     save_directory(folder, config, dict(llm.state_dict()), tokenizer, 2048)
 
 
-def check_samples(chats: data.Chats, prompt: Prompt, sub: str, rank: int) -> None:
+def check_samples(chats: data.Chats, prompt: Prompt, sub: str, rank: int, world: int, device: torch.device) -> None:
     """Before hours of training, not in the middle: every sample has something to predict (else Prompt raises), and how many are cut."""
-    if rank == 0:
-        bar = tqdm(chats.chats, desc=f'checking {sub}', disable=len(chats) < 50_000)
-        cut = sum(prompt(chat) and prompt.cut for chat in bar)
-        if cut:
-            print(f'warning: {cut} of {len(chats)} conversations are cut at {prompt.max_length} tokens; see --max_length', flush=True)
+    mine = tqdm(chats.chats[rank::world], desc=f'checking {sub}', disable=rank > 0 or len(chats) < 50_000)
+    cut = int(world_sum(sum(prompt(chat) and prompt.cut for chat in mine), device))
+    if cut and rank == 0:
+        print(f'warning: {cut} of {len(chats)} conversations are cut at {prompt.max_length} tokens; see --max_length', flush=True)
 
 
 # ------------------------------------------------------------------------------------------------ language models on disk

@@ -169,7 +169,7 @@ def test_bad_settings(parts, tmp_path, settings, message):
 
 
 def test_cut_samples_are_counted(parts, mixed, tmp_path, capsys):
-    train(parts, **mixed | dict(out=tmp_path / 'run', max_length=40, prompt='chat'))
+    train(parts, **mixed | dict(out=tmp_path / 'run', max_length=40, prompt='chat', workers=1))
     assert 'of 6 conversations are cut at 40 tokens; see --max_length' in capsys.readouterr().out
 
 

@@ -1,4 +1,5 @@
 """Shared by the tests: small configurations, and running the scripts as a user does."""
+import json
 import os
 import socket
 import subprocess
@@ -70,7 +71,12 @@ def parts(tmp_path_factory):
         llm = llava_adv.Llama(config)
     (root / 'llm').mkdir()
     llava_adv.save_directory(root / 'llm', config, dict(llm.state_dict()), tok, 512)
-    return dict(init=root / 'clip', llm=root / 'llm', steps_a=2, steps_b=4, batch_a=4, batch_size=6, log_every=1, save_every=2, lora_r=4)
+    for name, captions in (('a', True), ('b', False)):  # some of easy-VQA's, in a file: reading all of them takes longer than the training
+        chats = data.load_chats('easyvqa', 'val', captions=captions, turns=3).chats[:40]
+        rows = [{'image': str(c.image), 'conversations': [{'from': role, 'value': text} for turn in c.turns for role, text in zip(('human', 'gpt'), turn)]}
+                for c in chats]
+        (root / f'{name}.json').write_text(json.dumps(rows))
+    return dict(init=root / 'clip', llm=root / 'llm', data_a=root / 'a.json', data=root / 'b.json', steps_a=2, steps_b=4, batch_a=4, batch_size=6, log_every=1, save_every=2, lora_r=4)
 
 
 @pytest.fixture(scope='session')

@@ -115,6 +115,16 @@ def test_resume_after_sigkill_and_of_a_finished_run(parts, whole, tmp_path):
     assert (tmp_path / 'run' / 'model.safetensors').read_bytes() == (whole / 'model.safetensors').read_bytes()
 
 
+def test_easyvqa_with_its_augmentation_is_resumed(parts, tmp_path):
+    settings = {k: v for k, v in parts.items() if not k.startswith('data')} | dict(steps_a=1, steps_b=2, save_every=1)
+    train(settings, out=tmp_path / 'whole')
+    train(settings, out=tmp_path / 'run')
+    (tmp_path / 'run' / 'previous_train_state.pt').replace(tmp_path / 'run' / 'train_state.pt')
+    assert state(tmp_path / 'run')['step'] == 2
+    train(settings, out=tmp_path / 'run', resume=True)
+    assert_same_state(state(tmp_path / 'run'), state(tmp_path / 'whole'))
+
+
 def test_resume_with_another_llm(parts, whole, tmp_path):
     out = tmp_path / 'run'
     train(parts, out=out, steps_b=1)
@@ -157,11 +167,11 @@ def test_the_last_block_is_kept_as_it_was(parts, whole):
 
 # ----------------------------------------------------------------------------------------------------------- bad input
 @pytest.mark.parametrize('settings, message', [
-    (dict(eps=-1), '--eps -1'), (dict(eps=.0314), 'did you mean 8'), (dict(alpha=17), '--alpha 17.*2ε = 16'), (dict(k=0), '--k 0.*--eps 0'),
+    (dict(eps=-1), '--eps -1'), (dict(eps=.0314), 'did you mean 8'), (dict(alpha=25), '--alpha 25.*2ε = 24'), (dict(k=0), '--k 0.*--eps 0'),
     (dict(steps_a=0, steps_b=0), 'not both 0'), (dict(steps_b=-2), '--steps_b -2'), (dict(batch_size=0), '--batch_size 0'), (dict(micro_batch=-1), '--micro_batch -1'),
     (dict(lora_r=-1), '--lora_r -1'), (dict(lora_dropout=1), '--lora_dropout 1'), (dict(prompt='v0'), "--prompt v0: must be 'v1'"),
     (dict(dtype='half'), '--dtype half'), (dict(init='nowhere'), 'nowhere is no run'), (dict(llm='nowhere'), '--llm nowhere: no such directory'),
-    (dict(data='nowhere'), '--data nowhere'), (dict(max_length=16), 'easyvqa, image .*cut off.*--max_length is 16'), (dict(turns=0), '--turns 0')])
+    (dict(data='nowhere'), '--data nowhere'), (dict(max_length=16), 'a.json, entry 0 .*cut off.*--max_length is 16'), (dict(turns=0), '--turns 0')])
 def test_bad_settings(parts, tmp_path, settings, message):
     with pytest.raises(SystemExit, match=message):
         train(parts, out=tmp_path / 'run', **settings)

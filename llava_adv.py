@@ -765,7 +765,7 @@ def tiny_llm_is_there(cfg: Config) -> bool:
     return config.get('made_from') == made_from(cfg) and (Path(cfg.out) / 'llm' / MODEL).exists()
 
 
-def train_tiny_llm(folder: Path, cfg: Config, steps: int = 900, batch_size: int = 32, lr: float = 1e-3) -> None:
+def train_tiny_llm(folder: Path, cfg: Config, steps: int = 1300, batch_size: int = 32, lr: float = 1e-3) -> None:
     """A language model of about a million parameters, trained on the text of the training split and on no image: the stand-in for a
     pretrained LLM. In nine of ten texts a caption stands where the image will stand, so it learns to answer from a description; in
     the others nothing does, so it learns which answers a question has, and how often: all that one who never looks can know.
@@ -780,17 +780,21 @@ def train_tiny_llm(folder: Path, cfg: Config, steps: int = 900, batch_size: int 
     g = data.generator(cfg.seed, 'tiny llm', 0)
     draw = lambda n: int(torch.randint(n, (), generator=g))
 
-    def described(chat: data.Chat) -> list[tuple[str, str]]:
+    def described(chat: data.Chat, turns: list[tuple[str, str]]) -> list[tuple[str, str]]:
         of = captions.get(chat.image, []) if chat.image and draw(10) else []
-        said = of[draw(len(of))] + '\n' if of else ''
-        return [(q.replace(f'{data.IMAGE}\n', said).replace(data.IMAGE, said), a) for q, a in chat.turns]
+        bare = [(q.replace(f'{data.IMAGE}\n', '').replace(data.IMAGE, ''), a) for q, a in turns]
+        return [(f'{of[draw(len(of))]}\n{bare[0][0]}', bare[0][1]), *bare[1:]] if of else bare
     words = [text for chat in pictured + asked for q, a in chat.turns for text in (f'USER: {q}', f' ASSISTANT: {a}')]
     tokenizer = data.train_llm_tokenizer([text.replace(data.IMAGE, '') for text in words], 2048)
     ask = Prompt(tokenizer, 'chat', 0, 2048)
-    texts = [tokenizer.encode(f'{tokenizer.bos_token}{q}{a}\n')[0] for chat in pictured for q, a in described(chat)]
-    negated = [any(re.search(r'\b(no|not)\b', q) for q, _ in chat.turns) for chat in asked]
-    texts += [ask.encode(described(chat))[0] for chat, late in sorted(zip(asked, negated), key=lambda pair: pair[1])]
-    plain = len(texts) - sum(negated)
+    negated = lambda question: re.search(r'\b(no|not)\b', question)
+    easy: list[tuple[data.Chat, list[tuple[str, str]]]] = []  # conversations as long, without negations
+    for chat in data.load_chats(cfg.data, 'train', cfg.image_root, turns=1 << 30).chats:
+        kept = [turn for turn in chat.turns if not negated(turn[0])]
+        easy += [(chat, kept[i:i + cfg.turns]) for i in range(0, len(kept), cfg.turns)]
+    captioning = [tokenizer.encode(f'{tokenizer.bos_token}{q}{a}\n')[0] for chat in pictured for q, a in described(chat, chat.turns)]
+    early = [ask.encode(described(chat, turns))[0] for chat, turns in easy]
+    late = [ask.encode(described(chat, chat.turns))[0] for chat in asked]
     colon = tokenizer.encode(' ASSISTANT:')[0][-1]
 
     config = {'model_type': 'llama', 'architectures': ['LlamaForCausalLM'], 'vocab_size': -(-tokenizer.vocab_size // 64) * 64, 'hidden_size': 128,
@@ -806,7 +810,8 @@ def train_tiny_llm(folder: Path, cfg: Config, steps: int = 900, batch_size: int 
     optimizer = torch.optim.AdamW(llm.parameters(), lr=lr, weight_decay=.01, betas=(.9, .95), fused=True)
     with tqdm(range(steps), desc='tiny LLM', mininterval=.5 if sys.stderr.isatty() else 30) as bar:
         for step in bar:
-            drawn = [texts[draw(plain if step < .6 * steps else len(texts))] for _ in range(batch_size)]
+            answering = early if step < .6 * steps else late
+            drawn = [texts[draw(len(texts))] for texts in (answering if draw(8) else captioning for _ in range(batch_size))]
             batch = collate([data.Sample(None, ids, [False] + [True] * (len(ids) - 1), 0) for ids in drawn], tokenizer.pad)
             hidden = llm(llm.model.embed_tokens(batch.ids))[batch.rows, batch.columns]
             loss = F.cross_entropy(llm.lm_head(hidden), batch.targets, reduction='none')

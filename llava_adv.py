@@ -11,7 +11,7 @@
 
 The paper's recipe for Vicuna-7B v1.5: two runs, first the projector, then everything (LLaVA 1.5's data, 8 GPUs):
 
-    torchrun --nproc_per_node 8 llava_adv.py --init CLIP --llm VICUNA --eps 4 --alpha 3 --k 3 --batch_a 256 --steps_a -1 --steps_b 0 \\
+    torchrun --nproc_per_node 8 llava_adv.py --init CLIP --llm VICUNA --eps 4 --alpha 3 --k 3 --batch_a 256 --lr_a 1e-3 --steps_a -1 --steps_b 0 \\
         --data_a blip_laion_cc_sbu_558k.json --image_root_a DIR --micro_batch 16 --checkpoint --out runs/projector
     torchrun --nproc_per_node 8 llava_adv.py --init runs/projector --eps 4 --alpha 3 --k 3 --batch_size 128 --steps_a 0 --steps_b -1 \\
         --data llava_v1_5_mix665k.json --image_root DIR --lora_r 128 --lora_alpha 256 --lr 2e-4 --lr_projector 2e-5 --lr_tower 1e-6 \\
@@ -1091,13 +1091,14 @@ def export(model: LLaVA, tokenizer: data.LLMTokenizer, out: Path, max_length: in
 
 
 def save_directory(folder: Path, config: dict, weights: dict[str, Tensor], tokenizer: data.LLMTokenizer, max_length: int) -> None:
+    """config.json comes last: where it is, the rest is there and belongs to it."""
     from safetensors.torch import save_file
-    files = {'config.json': json.dumps(config, indent=2), **tokenizer.files(max_length)}
-    for name, text in files.items():
-        clip_adv.write(folder / name, lambda file: file.write_text(text, encoding='utf-8'))
+    (folder / 'config.json').unlink(missing_ok=True)
     tied = config.get('tie_word_embeddings')
     weights = {name: w.detach().cpu().contiguous() for name, w in weights.items() if not (tied and name == 'lm_head.weight')}
     clip_adv.write(folder / MODEL, lambda file: save_file(weights, file, metadata={'format': 'pt'}))
+    for name, text in {**tokenizer.files(max_length), 'config.json': json.dumps(config, indent=2)}.items():
+        clip_adv.write(folder / name, lambda file: file.write_text(text, encoding='utf-8'))
 
 
 def is_llava(path: str) -> bool:
@@ -1249,6 +1250,8 @@ def check_config(cfg: Config, given: set[str] | None, world: int) -> None:
             (cfg.turns < 1, f'--turns {cfg.turns}: must be at least 1'), (cfg.max_length < 2, f'--max_length {cfg.max_length}: must be at least 2'),
             (cfg.prompt not in ('', 'v1', 'chat'), f"--prompt {cfg.prompt}: must be 'v1' or 'chat'"),
             (cfg.dtype not in ('', 'float32', 'bfloat16'), f'--dtype {cfg.dtype}: must be float32 or bfloat16'),
+            (cfg.lora_r == 0 and cfg.dtype == 'bfloat16', '--dtype bfloat16 with --lora_r 0: small updates of bfloat16 weights would be rounded away; '
+             'train adapters, or use --dtype float32'),
             (cfg.log_every < 1, f'--log_every {cfg.log_every}: must be at least 1'), (cfg.save_every < 1, f'--save_every {cfg.save_every}: must be at least 1'),
             (is_llava(cfg.init) and 'llm' in clip_adv.typed(cfg, given), f'--llm {cfg.llm}: --init {cfg.init} is a LLaVA and brings its LLM; leave it out')]:
         if wrong:

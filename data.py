@@ -107,7 +107,6 @@ def easyvqa_root() -> Path:
     return Path(easy_vqa.__file__).parent / 'data'
 
 
-@functools.cache
 def easyvqa_facts(split: str) -> tuple[dict[int, tuple[str, str]], int]:
     """{image id: (colour, shape)} for all images whose questions leave one colour and one shape, and the image count.
 
@@ -206,7 +205,6 @@ def load_chats(data: str, split: str = 'train', image_root: str = '', captions: 
     return easyvqa_chats(split, captions, turns) if data == 'easyvqa' else llava_json(Path(data), Path(image_root))
 
 
-@functools.cache
 def easyvqa_split(split: str) -> tuple[dict[int, tuple[str, str]], list[tuple[str, str, int]], Path]:
     """(facts of the captioned images, questions (question, answer, image), folder of the images) of a split.
 

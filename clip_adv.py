@@ -396,12 +396,7 @@ def main(cfg: Config, given: set[str] | None = None) -> None:
             run.log(step + 1, bar, cfg.batch_size, loss_adv=loss.item(), loss_clean=loss_clean, eps=eps * 255, alpha=alpha * 255, k=k,
                     lr=lr_at(cfg, step), grad_norm=grad_norm.item(), logit_scale=model.logit_scale.exp().item(),
                     attack_ms=attack_ms, train_ms=train_ms)
-        stop = run.signal_received(device)
-        if stop or (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps:
-            run.save(step + 1)
-        if stop:
-            bar.close()
-            run.leave(step + 1, stop, world)
+        run.save_or_leave(step + 1, (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps, bar, world, device)
     bar.close()
     run.finish(f'{cfg.out} opens in open_clip as local-dir:{cfg.out}; measure it with: python eval.py zeroshot {cfg.out}')
 
@@ -481,7 +476,7 @@ def build(cfg: Config, given: set[str] | None, pairs: data.Pairs, state: dict | 
                 raise SystemExit(f'error: --init {cfg.init} is of another architecture: its {name} is {value}, '
                                  f'--{name} says {getattr(cfg, name)}; leave the flag out (only --size may differ)')
         return model, tokenizer
-    arch = read_json(Path(cfg.arch), '--arch') if cfg.arch else {}
+    arch = data.read_json(Path(cfg.arch), '--arch') if cfg.arch else {}
     model_cfg = arch.get('model_cfg', arch)
     context = cfg.context
     if cfg.arch:  # its own size and context length, unless the flags say otherwise
@@ -518,7 +513,7 @@ def load_clip(path: str | os.PathLike, size: int | None = None) -> tuple[CLIP, d
     size: interpolates the position embedding to images of this side.
     """
     path = Path(path)
-    config = read_json(path / 'open_clip_config.json', f'{path} is no run of clip_adv.py')
+    config = data.read_json(path / 'open_clip_config.json', f'{path} is no run of clip_adv.py')
     for part in ('model_cfg', 'preprocess_cfg'):
         if part not in config:
             raise SystemExit(f'error: {path}/open_clip_config.json has no "{part}"')
@@ -589,13 +584,6 @@ def write(path: Path, writer, keep_previous: bool = False) -> None:
                          f'free some space and run again with --resume') from None
 
 
-def read_json(path: Path, what: str) -> dict:
-    try:
-        return json.loads(path.read_text(encoding='utf-8'))
-    except (OSError, ValueError) as e:
-        raise SystemExit(f'error: {what}: cannot read {path}: {e}') from None
-
-
 # ------------------------------------------------------------------------------------- command line and configuration
 def parse(config_class, doc: str, argv: list[str] | None = None) -> tuple[object, set[str]]:
     """Command line → (config, names of the flags that were given). The help texts are the comments in the dataclass."""
@@ -620,14 +608,7 @@ def typed(cfg, given: set[str] | None) -> set[str]:
 
 def check_config(cfg: Config, world: int) -> None:
     """Fills in α; refuses what cannot be meant, with what, value, limit and flag."""
-    if cfg.alpha is None:
-        cfg.alpha = 0.75 * cfg.eps
-    for wrong, message in [
-            (not 0 <= cfg.eps <= 255, f'--eps {cfg.eps:g}: must be in 0 … 255 (it is in 1/255)'),
-            (0 < cfg.eps < 0.25, f'--eps {cfg.eps:g}: it is in 1/255; did you mean {cfg.eps * 255:.3g}?'),
-            (cfg.eps > 0 and not 0 < cfg.alpha <= 2 * cfg.eps,
-             f'--alpha {cfg.alpha:g}: must be in 0 … 2ε = {2 * cfg.eps:g} (in 1/255): a longer step crosses the whole ball'),
-            (cfg.k < 1, f'--k {cfg.k}: must be at least 1; train without an attack with --eps 0'),
+    refuse(wrong_attack(cfg) + [
             (not 0 <= cfg.eps_from <= cfg.eps_to <= 1, f'--eps_from {cfg.eps_from:g} --eps_to {cfg.eps_to:g}: must be '
                                                        f'fractions of the run, 0 ≤ from ≤ to ≤ 1'),
             (not 0 <= cfg.k_from <= 1, f'--k_from {cfg.k_from:g}: must be a fraction of the run, 0 … 1'),
@@ -641,7 +622,23 @@ def check_config(cfg: Config, world: int) -> None:
             (cfg.log_every < 1, f'--log_every {cfg.log_every}: must be at least 1'),
             (cfg.save_every < 1, f'--save_every {cfg.save_every}: must be at least 1'),
             (min(cfg.size, cfg.patch, cfg.width, cfg.layers, cfg.head_width, cfg.embed_dim, cfg.text_width, cfg.text_layers,
-                 cfg.text_heads) < 1, 'the sizes of the model must be positive')]:
+                 cfg.text_heads) < 1, 'the sizes of the model must be positive')])
+
+
+def wrong_attack(cfg) -> list[tuple[bool, str]]:
+    """Fills in α. For refuse, in both stages."""
+    if cfg.alpha is None:
+        cfg.alpha = 0.75 * cfg.eps
+    return [(not 0 <= cfg.eps <= 255, f'--eps {cfg.eps:g}: must be in 0 … 255 (it is in 1/255)'),
+            (0 < cfg.eps < 0.25, f'--eps {cfg.eps:g}: it is in 1/255; did you mean {cfg.eps * 255:.3g}?'),
+            (cfg.eps > 0 and not 0 < cfg.alpha <= 2 * cfg.eps,
+             f'--alpha {cfg.alpha:g}: must be in 0 … 2ε = {2 * cfg.eps:g} (in 1/255): a longer step crosses the whole ball'),
+            (cfg.k < 1, f'--k {cfg.k}: must be at least 1; train without an attack with --eps 0')]
+
+
+def refuse(checks: list[tuple[bool, str]]) -> None:
+    """Ends with the first message whose condition holds."""
+    for wrong, message in checks:
         if wrong:
             raise SystemExit('error: ' + message)
 
@@ -710,8 +707,11 @@ FREE_ON_RESUME = {'out', 'resume', 'overwrite', 'workers', 'compile', 'log_every
 
 
 def open_run(cfg, given: set[str] | None, files: tuple[str, ...] = RUN_FILES) -> tuple[dict | None, object]:
-    """(the state to resume or None, the configuration that holds). files: what a run consists of, its weights third. Changes nothing on the disk: what --overwrite replaces
-    is put aside when training begins (Run.introduce), and deleted with the first checkpoint of the new run (Run.save)."""
+    """(the state to resume or None, the configuration that holds).   files: what a run consists of (Run.FILES), its weights third
+
+    Changes nothing on the disk: what --overwrite replaces is put aside when training begins (Run.introduce), and deleted with
+    the first checkpoint of the new run (Run.save).
+    """
     out, state, model = Path(cfg.out), None, files[2]
     saved = [out / name for name in STATE_FILES]
     if cfg.resume and cfg.overwrite:
@@ -847,13 +847,15 @@ class Run:
     def export(self, step: int) -> None:
         export(self.model, self.tokenizer, self.out)
 
+    def kept(self) -> str:
+        return f'the checkpoint after update {self.saved_step} is kept' if self.saved_step else 'no checkpoint was saved yet'
+
     def read(self, batches):
         """The batches; an image that cannot be decoded ends the run with its name."""
         try:
             yield from batches
         except data.BadImage as e:  # from a worker it comes with the worker's traceback before it
-            kept = f'the checkpoint after update {self.saved_step} is kept' if self.saved_step else 'no checkpoint was saved yet'
-            raise SystemExit(f'error: {str(e).strip().splitlines()[-1]}; stopped, {kept}. Replace the image, then --resume') from None
+            raise SystemExit(f'error: {str(e).strip().splitlines()[-1]}; stopped, {self.kept()}. Replace the image, then --resume') from None
 
     def on_signal(self, number, frame) -> None:
         self.signal = number
@@ -867,6 +869,15 @@ class Run:
         dist.all_reduce(received, dist.ReduceOp.MAX)
         return int(received)
 
+    def save_or_leave(self, step: int, due: bool, bar: tqdm, world: int, device: torch.device) -> None:
+        """Saves when it is time to, and when a signal came; then the process ends."""
+        stop = self.signal_received(device)
+        if stop or due:
+            self.save(step)
+        if stop:
+            bar.close()
+            self.leave(step, stop, world)
+
     def leave(self, step: int, number: int, world: int) -> None:
         if self.rank == 0:
             launcher = f'torchrun --nproc_per_node {world} ' if dist.is_initialized() else 'python '
@@ -878,8 +889,7 @@ class Run:
         sys.exit(128 + number)
 
     def fail(self, step: int, loss: float, grad_norm: float) -> None:
-        kept = f'the checkpoint after update {self.saved_step} is kept' if self.saved_step else 'no checkpoint was saved yet'
-        raise SystemExit(f'error: update {step + 1}: the loss is {loss:g} and the gradient norm {grad_norm:g}; stopped, {kept}. '
+        raise SystemExit(f'error: update {step + 1}: the loss is {loss:g} and the gradient norm {grad_norm:g}; stopped, {self.kept()}. '
                          f'Try a lower --lr or a longer --warmup')
 
     def finish(self, what_now: str) -> None:

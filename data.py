@@ -39,6 +39,14 @@ def generator(seed: int, purpose: str, number: int) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest, 'little') >> 1)
 
 
+def read_json(path: Path, what: str):
+    """The content of a JSON file.   what: the flag or the run that named it, for the error"""
+    try:
+        return json.loads(path.read_text(encoding='utf-8'))
+    except (OSError, ValueError) as e:
+        raise SystemExit(f'error: {what}: cannot read {path}: {e}') from None
+
+
 # ------------------------------------------------------------------------------------------------ image-text pairs
 @dataclass
 class Pairs:
@@ -231,7 +239,7 @@ def easyvqa_chats(split: str, captions: bool, turns: int) -> Chats:
         return Chats(chats, 'shapes', f'easyvqa: {len(facts)} images with 5 sentences each')
     # Three of four questions are yes/no, and most of their answers follow from the question alone. Only as many with yes as with no
     # are kept for each text, so that it takes a look at the image to gain anything on them.
-    listed = [Question(root / f'{i}.png', q, [a], 'yes/no' if a in ('yes', 'no') else 'what', '') for q, a, i in asked]
+    listed = as_questions(asked, root)
     even = {id(q) for q in balanced(listed)}
     of: dict[int, list[tuple[str, str]]] = {}
     for row, (question, answer, i) in zip(listed, asked):
@@ -569,31 +577,29 @@ class ReferenceSet:
     note: str
 
 
-def parsed(file: Path, what: str):
-    try:
-        return json.loads(file.read_text(encoding='utf-8'))
-    except (OSError, ValueError) as e:
-        raise SystemExit(f'error: {what}: cannot read {file}: {e}') from None
-
-
 def present(file: Path, what: str) -> Path:
     if not file.is_file():
         raise SystemExit(f'error: {what}: no image {file}; see --image_root')
     return file
 
 
+def as_questions(asked: list[tuple[str, str, int]], root: Path) -> list[Question]:
+    """easy-VQA's (question, answer, image)."""
+    return [Question(root / f'{i}.png', q, [a], 'yes/no' if a in ('yes', 'no') else 'what', f'{n}') for n, (q, a, i) in enumerate(asked)]
+
+
 def vqa_set(data: str, split: str = 'test', annotations: str = '', image_root: str = '') -> QuestionSet:
     """'easyvqa', or a file of questions: VQAv2's (with `annotations`, the file of answers) or TextVQA's, told by what is in it."""
     if data == 'easyvqa':
         _, asked, root = easyvqa_split(split)
-        found = [Question(root / f'{i}.png', q, [a], 'yes/no' if a in ('yes', 'no') else 'what', f'{n}') for n, (q, a, i) in enumerate(asked)]
+        found = as_questions(asked, root)
         return QuestionSet(found, f'easyvqa: {len(found)} questions, {sum(q.kind == "what" for q in found)} of them not yes/no')
-    content, root, what = parsed(Path(data), '--data'), Path(image_root), f'--data {data}'
+    content, root, what = read_json(Path(data), '--data'), Path(image_root), f'--data {data}'
     try:
         if isinstance(content, dict) and 'questions' in content:
             if not annotations:
                 raise SystemExit(f"error: {what}: these are VQAv2's questions; name the file of their answers: --annotations FILE")
-            answers = {a['question_id']: [x['answer'] for x in a['answers']] for a in parsed(Path(annotations), '--annotations')['annotations']}
+            answers = {a['question_id']: [x['answer'] for x in a['answers']] for a in read_json(Path(annotations), '--annotations')['annotations']}
             subtype = content.get('data_subtype', 'val2014')
             rows = [(f'COCO_{subtype}_{int(q["image_id"]):012d}.jpg', q['question'], answers.get(q['question_id']), q['question_id'])
                     for q in content['questions']]
@@ -644,7 +650,7 @@ def pope_set(data: str, split: str = 'test', image_root: str = '') -> QuestionSe
 def sqa_set(data: str, split: str = 'test', image_root: str = '') -> QuestionSet:
     """ScienceQA's folder (problems.json, pid_splits.json): the questions with an image, asked as LLaVA is asked; the answer is a letter."""
     folder, root = Path(data), Path(image_root or data)
-    problems, splits = parsed(folder / 'problems.json', '--data'), parsed(folder / 'pid_splits.json', '--data')
+    problems, splits = read_json(folder / 'problems.json', '--data'), read_json(folder / 'pid_splits.json', '--data')
     if split not in splits:
         raise SystemExit(f'error: --split {split}: {folder / "pid_splits.json"} has {", ".join(splits)}')
     found = []
@@ -669,7 +675,7 @@ def references(data: str, split: str = 'test', image_root: str = '') -> Referenc
         facts, _, root = easyvqa_split(split)
         rows = [(root / f'{i}.png', describe(*fact), f'{i}') for i, fact in sorted(facts.items())]
         return ReferenceSet(*map(list, zip(*rows)), f'easyvqa: {len(rows)} images with 5 sentences each')
-    content, root, what = parsed(Path(data), '--data'), Path(image_root), f'--data {data}'
+    content, root, what = read_json(Path(data), '--data'), Path(image_root), f'--data {data}'
     try:
         if 'annotations' in content:
             of: dict[int, list[str]] = {}

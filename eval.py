@@ -286,7 +286,6 @@ def typographic(args: argparse.Namespace, rank: int, world: int, device: torch.d
 
     The name is drawn at the image's own size (enlarged to 224 pixels if it is smaller), before the model's resize.
     """
-    from torchvision.transforms.v2 import functional as TF
     images = one_set(args, rank)
     numbers = sample(images.n, args.data[0], args, rank)
     mine, results, named = numbers[rank::world], [], {}  # named: number → (right class, the one that is written)
@@ -519,11 +518,10 @@ class Answerer:
 
 def asked_and_attacked(args, rank: int, world: int, device: torch.device, asked: list[Asked], threshold: float, name: str, path: str,
                        early: bool = True) -> tuple[dict, dict]:
-    """{ε: {number: (answer, score)}}, clean as ε = 0; and {ε: {number: x_adv}} of this rank's."""
+    """{ε: {number: (answer, score)}}, clean as ε = 0; and on rank 0 {ε: x_adv [3, S, S]} of the first question's image."""
     model = Answerer(path, device, args.max_new, args.batch_size)
     radii = [] if model.blind or args.attack == 'none' else args.eps
-    found, images = {eps: {} for eps in [0., *radii]}, {eps: {} for eps in [0., *radii]}
-    mine = asked[rank::world]
+    found, first, mine = {eps: {} for eps in [0., *radii]}, {}, asked[rank::world]
     rounds = max(len(a.rounds) for a in asked)
     with tqdm(total=len(mine) * (1 + len(radii) * rounds), desc=f'{Path(path).name} {name}', unit='question × round', disable=args.quiet or rank > 0,
               mininterval=.5 if sys.stderr.isatty() else 60) as bar:
@@ -531,20 +529,15 @@ def asked_and_attacked(args, rank: int, world: int, device: torch.device, asked:
             x = torch.stack([model.pixels(a.image) for a in pool])
             texts = model.answer(x, [a.question for a in pool])
             found[0.] |= {a.number: (t, a.score(t)) for a, t in zip(pool, texts)}
+            first.setdefault(0., x[0].cpu())
             bar.update(len(pool))
             for eps in radii:
                 texts, scores, worst = model.worst(x, pool, eps / 255, threshold, args.iterations, early, bar.update)
                 found[eps] |= {a.number: (t, s) for a, t, s in zip(pool, texts, scores)}
-                images[eps] |= {a.number: z for a, z in zip(pool, worst)}
+                first.setdefault(eps, worst[0].cpu())
                 bar.update((rounds - max(len(a.rounds) for a in pool)) * len(pool))
     parts = gather(found)
-    return {eps: {n: v for part in parts for n, v in part[eps].items()} for eps in found}, images
-
-
-def draw(numbers: list[int], n: int, seed: int) -> list[int]:
-    """n of them by seed; a larger n only adds to them. 0: all."""
-    order = torch.randperm(len(numbers), generator=data.generator(seed, 'sample', 0)).tolist()
-    return [numbers[i] for i in order[:n or len(numbers)]]
+    return {eps: {n: v for part in parts for n, v in part[eps].items()} for eps in found}, first
 
 
 def questions(args, rank: int, world: int, device: torch.device, found: data.QuestionSet, groups: dict[str, list[int]], score, rounds, title: str,
@@ -679,17 +672,15 @@ def targeted(args, rank: int, world: int, device: torch.device, found: data.Refe
         for text in args.targeted:
             asked = [Asked(i, found.images[i], data.CAPTION_QUESTION, [('towards', text)], lambda said, text=text: float(text.lower() not in said.lower()))
                      for i in numbers]
-            record, images = asked_and_attacked(args, rank, world, device, asked, 0., f'“{text}”', path)
+            record, image = asked_and_attacked(args, rank, world, device, asked, 0., f'“{text}”', path)
             row['success'][text] = {f'{eps:g}': mean([record[eps][i][1] == 0 for i in numbers]) for eps in record}
             if rank == 0 and args.grid:
-                first, cells = numbers[0], []
+                first = numbers[0]
                 x = data.TF.pil_to_tensor(data.read_image(found.images[first])) / 255
-                cells.append((x, f'{Path(path).name}: {record[0.][first][0]}'))
+                shown.append([(x, f'{Path(path).name}: {record[0.][first][0]}')])
                 for eps in [e for e in record if e]:
-                    z = images[eps][first].cpu()
-                    clean = Answerer(path, torch.device('cpu'), 1, 1).pixels(found.images[first])
-                    cells += [((z - clean) / (2 * eps / 255) + .5, f'δ, ε = {eps:g}/255'), (z, f'x + δ: {record[eps][first][0]}')]
-                shown.append(cells)
+                    shown[-1] += [((image[eps] - image[0.]) / (2 * eps / 255) + .5, f'δ, ε = {eps:g}/255'),
+                                  (image[eps], f'x + δ: {record[eps][first][0]}')]
         results.append(row)
     if rank == 0:
         say(f'targeted captions: success rate in % (the sentence is in the caption), split {args.split}, n = {len(numbers)}; APGD {args.iterations} towards '
@@ -966,15 +957,20 @@ def sample(n: int, name: str, args, rank: int, keep: list[int] | None = None) ->
         raise SystemExit(f'error: {name}, split {args.split}: no image is left' + (f' by --subset {args.subset}' if keep is not None else ''))
     if args.n > len(numbers) and rank == 0:
         print(f'note: --n {args.n}: {name}, split {args.split}, has {len(numbers)} images; all of them are used', file=sys.stderr)
-    order = torch.randperm(len(numbers), generator=data.generator(args.seed, 'sample', 0)).tolist()
-    return [numbers[i] for i in order[:args.n or len(numbers)]]
+    return draw(numbers, args.n, args.seed)
+
+
+def draw(numbers: list[int], n: int, seed: int) -> list[int]:
+    """n of them by seed; a larger n only adds to them. 0: all."""
+    order = torch.randperm(len(numbers), generator=data.generator(seed, 'sample', 0)).tolist()
+    return [numbers[i] for i in order[:n or len(numbers)]]
 
 
 def subset(images: data.ClassSet, name: str, path: str, args) -> list[int] | None:
     """The images whose caption the run never saw ('held-out'), or the others ('seen'); None: all."""
     if args.subset == 'all':
         return None
-    config = clip_adv.read_json(Path(path) / 'train_config.json', f'--subset {args.subset}: {path}')
+    config = data.read_json(Path(path) / 'train_config.json', f'--subset {args.subset}: {path}')
     held = data.held_out(config['config']['holdout'])
     if not held:
         raise SystemExit(f'error: --subset {args.subset}: {path} was trained without --holdout')
@@ -1065,10 +1061,19 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     commands = parser.add_subparsers(dest='command', required=True)
 
-    def command(run, text: str, eps: list[float], n: int) -> argparse.ArgumentParser:
+    def any_command(run, text: str, dirs: str, batch_size: int, drawn: str) -> argparse.ArgumentParser:
         c = commands.add_parser(run.__name__, help=text, description=run.__doc__, allow_abbrev=False,
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-        c.add_argument('dirs', nargs='+', metavar='DIR', help='run directories of clip_adv.py')
+        c.add_argument('dirs', nargs='+', metavar='DIR', help=dirs)
+        c.add_argument('--seed', type=int, default=0, help=f'of {drawn}')
+        c.add_argument('--batch_size', type=int, default=batch_size, help='images at a time, on each process')
+        c.add_argument('--json', default='', metavar='FILE', help='write what was measured')
+        c.add_argument('--quiet', action='store_true', help='no progress bar')
+        c.set_defaults(run=run)
+        return c
+
+    def command(run, text: str, eps: list[float], n: int) -> argparse.ArgumentParser:
+        c = any_command(run, text, 'run directories of clip_adv.py', 128 if torch.cuda.is_available() else 32, 'the sample and the random starts')
         if run is not show:
             c.add_argument('--data', nargs='+', default=['easyvqa'], help="'easyvqa', a folder (metadata.jsonl; or classnames.txt with "
                            "SPLIT/*.tar or with a folder for each class), or a class of torchvision.datasets")
@@ -1085,13 +1090,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
             c.add_argument('--eps', type=float, nargs='*' if run in (zeroshot, retrieval) else 1, default=eps, help='radius in 1/255')
         if run in (zeroshot, retrieval, audit):
             c.add_argument('--native', action='store_true', help="attack before the resize, on the image's own pixels")
-        c.add_argument('--seed', type=int, default=0, help='of the sample and the random starts')
-        c.add_argument('--batch_size', type=int, default=128 if torch.cuda.is_available() else 32, help='images at a time, on each process')
-        c.add_argument('--json', default='', metavar='FILE', help='write what was measured')
         if run is not audit:
             c.add_argument('--plot', default='show.png' if run is show else '', metavar='FILE', help='draw it (png, pdf or svg)')
-        c.add_argument('--quiet', action='store_true', help='no progress bar')
-        c.set_defaults(run=run)
         return c
 
     z = command(zeroshot, 'zero-shot classification, clean and under attack', [2., 4., 8., 16.], 500)
@@ -1109,26 +1109,20 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     s.add_argument('--image', required=True, metavar='FILE')
     s.add_argument('--labels', required=True, help="texts to choose from, separated by commas: 'a cat,a dog'")
     s.add_argument('--label', default='', help='the true one, which is attacked; default: what the model sees in the clean image')
-    for run, text, n, words, eps in ((vqa, 'questions about images: VQA accuracy', 500, 5, [12.]), (pope, 'hallucination: yes or no', 500, 5, [12.]),
-                                     (sqa, 'ScienceQA, questions with an image', 500, 5, [12.]), (caption, 'captions: CIDEr; forced sentences', 500, 20, [12.])):
-        c = commands.add_parser(run.__name__, help=text, description=run.__doc__, allow_abbrev=False,
-                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-        c.add_argument('dirs', nargs='+', metavar='DIR', help='LLaVA directories; of a language model alone: what it answers without the image')
+    for run, text, words in ((vqa, 'questions about images: VQA accuracy', 5), (pope, 'hallucination: yes or no', 5),
+                             (sqa, 'ScienceQA, questions with an image', 5), (caption, 'captions: CIDEr; forced sentences', 20)):
+        c = any_command(run, text, 'LLaVA directories; of a language model alone: what it answers without the image', 32, 'the sample')
         what = {vqa: "'easyvqa', or a questions file of VQAv2 or TextVQA", pope: "'easyvqa', or a file of POPE", sqa: 'a folder with problems.json and '
                 'pid_splits.json', caption: "'easyvqa', or a file of Karpathy's or of COCO's captions"}[run]
         c.add_argument('--data', nargs=1, **({'required': True} if run is sqa else {'default': ['easyvqa']}), help=what)
         c.add_argument('--split', default='test', help='choose on val, report on test')
         c.add_argument('--image_root', default='', metavar='DIR', help='where the images of the file lie')
-        c.add_argument('--n', type=int, default=n, help='questions of each kind (images), drawn by --seed; 0: all')
+        c.add_argument('--n', type=int, default=500, help='questions of each kind (images), drawn by --seed; 0: all')
         c.add_argument('--attack', default='ensemble', choices=['ensemble', 'none'])
-        c.add_argument('--eps', type=float, nargs='*', default=eps, help='radius in 1/255')
+        c.add_argument('--eps', type=float, nargs='*', default=[12.], help='radius in 1/255')
         c.add_argument('--iterations', type=int, default=100, help='of each round of the attack')
         c.add_argument('--max_new', type=int, default=words, help='tokens of an answer (TextVQA: 10)')
-        c.add_argument('--seed', type=int, default=0, help='of the sample')
-        c.add_argument('--batch_size', type=int, default=32, help='samples at a time, on each process')
-        c.add_argument('--json', default='', metavar='FILE', help='write what was measured')
-        c.add_argument('--quiet', action='store_true', help='no progress bar')
-        c.set_defaults(run=run, subset='all', native=False)
+        c.set_defaults(subset='all', native=False)
         if run is vqa:
             c.add_argument('--annotations', default='', metavar='FILE', help='VQAv2: the answers')
             c.add_argument('--questions', nargs='+', default=[], help='easyvqa: only what, yes/no or all')

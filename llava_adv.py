@@ -21,7 +21,6 @@ The file reads top to bottom: configuration, model, prompts, main. Formats and p
 Pixels are float32 in [0, 1] everywhere outside the image tower, ε and α are in 1/255 on the command line only.
 """
 import contextlib
-import dataclasses
 import hashlib
 import json
 import math
@@ -499,13 +498,12 @@ def main(cfg: Config, given: set[str] | None = None) -> None:
         prompt = Prompt(tokenizer, 'plain' if sub == 'A' else prompt_style(cfg.prompt, tokenizer), model.image_tokens, cfg.max_length)
         model.tower['geometry'] = 'crop' if sub == 'A' else 'pad'
         optimizer = torch.optim.AdamW(trainable(model, cfg, sub), weight_decay=cfg.wd, betas=(.9, .999), fused=True)
-        if state is not None and first_step > begin:
+        if state is not None and run is None:
             load_trained(model, state['model'], f'{cfg.out}/train_state.pt')
-            optimizer.load_state_dict(state['optimizer'])
+            if first_step > begin:                                         # else it stopped between the sub-stages
+                optimizer.load_state_dict(state['optimizer'])
         step_model = DDP(model, broadcast_buffers=False) if world > 1 else model
         if run is None:
-            if state is not None and first_step == begin:                  # stopped between the sub-stages
-                load_trained(model, state['model'], f'{cfg.out}/train_state.pt')
             run = Run(cfg, model, tokenizer, optimizer, rank, first_step, last_step)
             if rank == 0:
                 run.introduce(run.arithmetic(plan, world), world, device)
@@ -574,12 +572,7 @@ def main(cfg: Config, given: set[str] | None = None) -> None:
                 run.log(step + 1, bar, batch_size, stage=sub, loss_adv=adv, loss_clean=clean, eps=cfg.eps, alpha=cfg.alpha,
                         k=cfg.k if cfg.eps else 0, lr=rate * optimizer.param_groups[0]['peak'], grad_norm=grad_norm.item(),
                         answer_tokens=int(tokens), attack_ms=attack_ms, train_ms=train_ms)
-            stop = run.signal_received(device)
-            if stop or (step + 1 - begin) % cfg.save_every == 0 or step + 1 == end:
-                run.save(step + 1)
-            if stop:
-                bar.close()
-                run.leave(step + 1, stop, world)
+            run.save_or_leave(step + 1, (step + 1 - begin) % cfg.save_every == 0 or step + 1 == end, bar, world, device)
         bar.close()
     run.finish(f'{cfg.out} opens in transformers as a LlavaForConditionalGeneration; measure it with: python eval.py vqa {cfg.out}')
 
@@ -707,9 +700,7 @@ def build(cfg: Config, state: dict | None, rank: int, device: torch.device) -> t
     else:
         if state is None:
             clip, _ = clip_adv.load_clip(cfg.init)
-            whole, preprocess = clip_adv.complete(clip.model_cfg, clip.preprocess_cfg)
-            tower = {'vision_cfg': whole['vision_cfg'], 'embed_dim': whole['embed_dim'], 'quick_gelu': whole['quick_gelu'], 'preprocess_cfg': preprocess}
-            visual = clip.visual
+            tower, visual = tower_of(clip), clip.visual
         else:
             tower = state['tower']
             visual = make_tower(tower)
@@ -727,6 +718,12 @@ def build(cfg: Config, state: dict | None, rank: int, device: torch.device) -> t
                          f'in {cfg.out} began with')
     model.fingerprint = fingerprint(model.llm)
     return model, tokenizer
+
+
+def tower_of(clip: clip_adv.CLIP) -> dict:
+    """What LLaVA.tower holds, of a CLIP."""
+    whole, preprocess = clip_adv.complete(clip.model_cfg, clip.preprocess_cfg)
+    return {**{k: whole[k] for k in ('vision_cfg', 'embed_dim', 'quick_gelu')}, 'preprocess_cfg': preprocess}
 
 
 def make_tower(tower: dict) -> clip_adv.ViT:
@@ -879,16 +876,14 @@ def load_llm(path: str, dtype: torch.dtype) -> tuple[Llama, data.LLMTokenizer]:
         config, tokenizer, weights = read_gguf(place)
     else:
         place = place if place.is_dir() else fetch(path)
-        config = clip_adv.read_json(place / 'config.json', f'--llm {path}')
+        config = data.read_json(place / 'config.json', f'--llm {path}')
         tokenizer, weights = data.read_llm_tokenizer(place), stored(place)
     complete(config, f'--llm {path}')
     if tokenizer.vocab_size > config.get('vocab_size', 32000):
         config = {**config, 'vocab_size': -(-tokenizer.vocab_size // 64) * 64}  # a multiple of 64 suits matrix units
     with torch.device('meta'):
         llm = Llama(config)
-    fill(llm, weights, dtype, path, surplus=lambda name: name.endswith('rotary_emb.inv_freq') or
-         name == 'lm_head.weight' and llm.cfg['tie_word_embeddings'])
-    llm.tie()
+    fill(llm, weights, dtype, path)
     return llm.eval(), tokenizer
 
 
@@ -910,7 +905,7 @@ def stored(place: Path):
     """Yields (name, tensor) of a directory's weights, one at a time; safetensors before .bin, sharded or not."""
     for index, single in (('model.safetensors.index.json', 'model.safetensors'), ('pytorch_model.bin.index.json', 'pytorch_model.bin')):
         if (place / index).is_file():
-            files = sorted({place / name for name in clip_adv.read_json(place / index, str(place)).get('weight_map', {}).values()})
+            files = sorted({place / name for name in data.read_json(place / index, str(place)).get('weight_map', {}).values()})
         elif (place / single).is_file():
             files = [place / single]
         else:
@@ -934,16 +929,17 @@ def stored(place: Path):
     raise SystemExit(f'error: {place} has no weights: neither {MODEL} nor pytorch_model.bin, whole or in shards with an index')
 
 
-def fill(model: nn.Module, weights, dtype: torch.dtype, where: str, surplus=lambda name: False) -> None:
+def fill(llm: Llama, weights, dtype: torch.dtype, where: str) -> None:
     """Strict: every parameter (on the meta device) gets its weight, in the dtype; else an error that lists names and shapes.
 
     Embedding and head may have more rows than their weight: the new ones are its mean, which no token is likelier than.
     """
-    slots = dict(model.named_parameters(remove_duplicate=False))
+    slots = dict(llm.named_parameters(remove_duplicate=False))
+    tied = {'lm_head.weight'} if llm.cfg['tie_word_embeddings'] else set()
     wrong, found = [], set()
     for name, w in weights:
         if name not in slots:
-            wrong += [] if surplus(name) else [f'{name}: surplus, {tuple(w.shape)}']
+            wrong += [] if name.endswith('rotary_emb.inv_freq') else [f'{name}: surplus, {tuple(w.shape)}']  # (a buffer of older versions)
             continue
         want = slots[name].shape
         grown = name.endswith(('embed_tokens.weight', 'lm_head.weight')) and w.ndim == 2 and len(w) < want[0] and w.shape[1] == want[1]
@@ -955,12 +951,12 @@ def fill(model: nn.Module, weights, dtype: torch.dtype, where: str, surplus=lamb
         if grown:
             filled[len(w):] = w.float().mean(0)
         owner, _, leaf = name.rpartition('.')
-        setattr(model.get_submodule(owner), leaf, nn.Parameter(filled))
+        setattr(llm.get_submodule(owner), leaf, nn.Parameter(filled))
         found.add(name)
-    tied = {'lm_head.weight'} if getattr(model, 'cfg', {}).get('tie_word_embeddings') else set()
     wrong += [f'{name}: missing, {tuple(slots[name].shape)} expected' for name in sorted(set(slots) - found - tied)]
     if wrong:
         raise SystemExit(f'error: {where} is of another architecture:\n  ' + '\n  '.join(wrong[:40]) + ('\n  …' if len(wrong) > 40 else ''))
+    llm.tie()
 
 
 def read_gguf(file: Path):
@@ -1034,7 +1030,7 @@ def to_hf(name: str, w: Tensor):
 def expressible(tower: dict) -> bool:
     """Whether Hugging Face's CLIPVisionModel can be this tower up to block N−1: it always has a LayerNorm before the blocks."""
     v = tower['vision_cfg']
-    return not v['no_ln_pre'] and v['head_width'] * (v['width'] // v['head_width']) == v['width'] and hidden_act(tower) is not None
+    return not v['no_ln_pre'] and hidden_act(tower) is not None
 
 
 def hidden_act(tower: dict) -> str | None:
@@ -1077,7 +1073,7 @@ def export(model: LLaVA, tokenizer: data.LLMTokenizer, out: Path, max_length: in
     weights |= {f'multi_modal_projector.{name}': w for name, w in model.projector.state_dict().items()}
     merged = {f'{name}.weight': m.merged() for name, m in model.llm.named_modules() if isinstance(m, Linear)}
     for name, w in model.llm.state_dict().items():
-        if 'lora_' not in name and not (name == 'lm_head.weight' and model.llm.cfg['tie_word_embeddings']):
+        if 'lora_' not in name:
             weights[f'language_model.{name}'] = merged.get(name, w)
     processor = {'processor_class': 'LlavaProcessor', 'patch_size': model.visual.patch, 'vision_feature_select_strategy': 'default',
                  'image_token': data.IMAGE, 'num_additional_image_tokens': 1}
@@ -1095,7 +1091,7 @@ def save_directory(folder: Path, config: dict, weights: dict[str, Tensor], token
     from safetensors.torch import save_file
     (folder / 'config.json').unlink(missing_ok=True)
     tied = config.get('tie_word_embeddings')
-    weights = {name: w.detach().cpu().contiguous() for name, w in weights.items() if not (tied and name == 'lm_head.weight')}
+    weights = {name: w.detach().cpu().contiguous() for name, w in weights.items() if not (tied and name.endswith('lm_head.weight'))}
     clip_adv.write(folder / MODEL, lambda file: save_file(weights, file, metadata={'format': 'pt'}))
     for name, text in {**tokenizer.files(max_length), 'config.json': json.dumps(config, indent=2)}.items():
         clip_adv.write(folder / name, lambda file: file.write_text(text, encoding='utf-8'))
@@ -1117,7 +1113,7 @@ def load_llava(path: str, dtype: torch.dtype = torch.float32) -> tuple[LLaVA, da
     if not is_llava(path):
         unfinished = ', which holds a run that has not ended: go on with --resume' if (place / 'train_state.pt').exists() else ''
         raise SystemExit(f'error: {path} is no LLaVA directory (no config.json whose model_type is llava){unfinished}')
-    config = clip_adv.read_json(place / 'config.json', path)
+    config = data.read_json(place / 'config.json', path)
     layer, select = config.get('vision_feature_layer', -2), config.get('vision_feature_select_strategy', 'default')
     if layer != -2 or select != 'default' or config.get('projector_hidden_act', 'gelu') != 'gelu':
         raise SystemExit(f'error: {path}/config.json: vision_feature_layer {layer}, vision_feature_select_strategy {select}, projector_hidden_act '
@@ -1145,9 +1141,7 @@ def load_llava(path: str, dtype: torch.dtype = torch.float32) -> tuple[LLaVA, da
             else:  # the language model; transformers once wrote language_model.layers and lm_head at the top
                 name = name.removeprefix('language_model.')
                 yield name if name.startswith(('model.', 'lm_head.')) else f'model.{name}', w
-    fill(llm, language(), dtype, path, surplus=lambda name: name.endswith('rotary_emb.inv_freq') or
-         name == 'lm_head.weight' and llm.cfg['tie_word_embeddings'])
-    llm.tie()
+    fill(llm, language(), dtype, path)
     projector = {n.removeprefix('projector.'): ours.pop(n).float() for n in list(ours) if n.startswith('projector.')}
     visual: dict[str, Tensor] = {}
     for n in [n for n in theirs if n in ours]:  # q, k, v come in this order
@@ -1162,7 +1156,7 @@ def load_llava(path: str, dtype: torch.dtype = torch.float32) -> tuple[LLaVA, da
 
 def read_tower(place: Path, vision: dict) -> dict:
     """What LLaVA.tower holds, from a Hugging Face directory."""
-    how = clip_adv.read_json(place / 'preprocessor_config.json', str(place))
+    how = data.read_json(place / 'preprocessor_config.json', str(place))
     if 'image_processor' in how:
         how = how['image_processor']
     if vision['model_type'] == 'open_clip_vit':
@@ -1229,14 +1223,7 @@ class Run(clip_adv.Run):
 
 def check_config(cfg: Config, given: set[str] | None, world: int) -> None:
     """Fills in α; refuses what cannot be meant, with what, value, limit and flag."""
-    if cfg.alpha is None:
-        cfg.alpha = .75 * cfg.eps
-    for wrong, message in [
-            (not 0 <= cfg.eps <= 255, f'--eps {cfg.eps:g}: must be in 0 … 255 (it is in 1/255)'),
-            (0 < cfg.eps < .25, f'--eps {cfg.eps:g}: it is in 1/255; did you mean {cfg.eps * 255:.3g}?'),
-            (cfg.eps > 0 and not 0 < cfg.alpha <= 2 * cfg.eps,
-             f'--alpha {cfg.alpha:g}: must be in 0 … 2ε = {2 * cfg.eps:g} (in 1/255): a longer step crosses the whole ball'),
-            (cfg.k < 1, f'--k {cfg.k}: must be at least 1; tune on clean images with --eps 0'),
+    clip_adv.refuse(clip_adv.wrong_attack(cfg) + [
             (cfg.steps_a < -1 or cfg.steps_b < -1 or not (cfg.steps_a or cfg.steps_b),
              f'--steps_a {cfg.steps_a} --steps_b {cfg.steps_b}: must be -1 (one epoch), 0 or more, and not both 0'),
             (cfg.batch_a < 1 or cfg.batch_size < 1, f'--batch_a {cfg.batch_a} --batch_size {cfg.batch_size}: must be at least 1'),
@@ -1253,9 +1240,7 @@ def check_config(cfg: Config, given: set[str] | None, world: int) -> None:
             (cfg.lora_r == 0 and cfg.dtype == 'bfloat16', '--dtype bfloat16 with --lora_r 0: small updates of bfloat16 weights would be rounded away; '
              'train adapters, or use --dtype float32'),
             (cfg.log_every < 1, f'--log_every {cfg.log_every}: must be at least 1'), (cfg.save_every < 1, f'--save_every {cfg.save_every}: must be at least 1'),
-            (is_llava(cfg.init) and 'llm' in clip_adv.typed(cfg, given), f'--llm {cfg.llm}: --init {cfg.init} is a LLaVA and brings its LLM; leave it out')]:
-        if wrong:
-            raise SystemExit('error: ' + message)
+            (is_llava(cfg.init) and 'llm' in clip_adv.typed(cfg, given), f'--llm {cfg.llm}: --init {cfg.init} is a LLaVA and brings its LLM; leave it out')])
 
 
 if __name__ == '__main__':

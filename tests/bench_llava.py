@@ -34,14 +34,12 @@ def build(size, folder):
     chats = data.load_chats('easyvqa', 'val', turns=3).chats
     tokenizer = data.train_llm_tokenizer([text for c in chats for turn in c.turns for text in turn] + [llava_adv.V1_SYSTEM], 440)
     clip, _ = clip_adv.build(clip_adv.Config(), set(), data.Pairs([], ['a red circle'], 'shapes', ''), None)
-    whole, preprocess = clip_adv.complete(clip.model_cfg, clip.preprocess_cfg)
-    tower = {'vision_cfg': whole['vision_cfg'], 'embed_dim': whole['embed_dim'], 'quick_gelu': False, 'preprocess_cfg': preprocess, 'geometry': 'pad'}
     with clip_adv.seeded(0):
         llm = llava_adv.Llama(dict(model_type='llama', tie_word_embeddings=True, max_position_embeddings=2048, rms_norm_eps=1e-5, **how['llm']))
         for p in llm.parameters():
             if p.ndim > 1:
                 p.data *= .02 / p.std().item()
-        model = llava_adv.LLaVA(clip.visual, llm, tokenizer.image, tower)
+        model = llava_adv.LLaVA(clip.visual, llm, tokenizer.image, llava_adv.tower_of(clip) | {'geometry': 'pad'})
     if folder:
         llava_adv.export(model, tokenizer, folder, 2048)
     llava_adv.trainable(model, llava_adv.Config(lora_r=0), 'B')
@@ -104,22 +102,26 @@ def peak_mb(size, whose):
     return float(out.split()[-1])
 
 
+def turns(size):
+    """[(our seconds, theirs)] of a step, and the length of the first sample."""
+    with tempfile.TemporaryDirectory() as folder:
+        model, samples, pad = build(size, Path(folder))
+        other = theirs(folder)
+    a, b = adamw(model), adamw(other)
+    ours = lambda: our_step(model, a, samples, pad)
+    hf = lambda: their_step(other, b, samples, pad, model.visual.mean, model.visual.std)
+    ours(), hf()
+    n = SIZES[size]['steps']
+    return [(seconds(ours, n), seconds(hf, n)) for _ in range(SIZES[size]['turns'])], len(samples[0].ids)
+
+
 def main(sizes):
+    clip_adv.keep_freed_memory()  # for both: what is compared here is the code
     for size in sizes:
-        with tempfile.TemporaryDirectory() as folder:
-            model, samples, pad = build(size, Path(folder))
-            other = theirs(folder)
-        clip_adv.keep_freed_memory()  # for both: what is compared here is the code
-        a, b = adamw(model), adamw(other)
-        ours = lambda: our_step(model, a, samples, pad)
-        hf = lambda: their_step(other, b, samples, pad, model.visual.mean, model.visual.std)
-        ours(), hf()
-        n = SIZES[size]['steps']
-        rows = [(seconds(ours, n), seconds(hf, n)) for _ in range(SIZES[size]['turns'])]
-        del model, other, a, b, ours, hf
+        rows, length = turns(size)
         ratios = sorted(theirs / mine for mine, theirs in rows)
         memory = [peak_mb(size, whose) for whose in ('ours', 'theirs')]
-        print(f'{size}: batch {SIZES[size]["batch"]}, {len(samples[0].ids)} tokens, K = {K}; ours {statistics.median(r[0] for r in rows):.3f} s, transformers '
+        print(f'{size}: batch {SIZES[size]["batch"]}, {length} tokens, K = {K}; ours {statistics.median(r[0] for r in rows):.3f} s, transformers '
               f'{statistics.median(r[1] for r in rows):.3f} s a step; ratio, median of {len(rows)} turns: {statistics.median(ratios):.2f} '
               f'({ratios[0]:.2f} … {ratios[-1]:.2f}); peak memory {memory[0]:.0f} and {memory[1]:.0f} MB; {torch.get_num_threads()} threads, '
               f'torch {torch.__version__}', flush=True)

@@ -1,14 +1,13 @@
 """Stage 2: the language model, LLaVA and their files beside transformers', prompts, and bad input."""
 import json
 import math
-import os
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, environment, execute, flags
+from conftest import environment
 from PIL import Image
 
 import clip_adv
@@ -103,8 +102,7 @@ def test_sampling():
 def tower(**vision):
     model = clip_adv.create(dict(embed_dim=16, vision_cfg=dict(image_size=16, patch_size=4, width=32, layers=3, head_width=16, **vision),
                                  text_cfg=dict(width=16, heads=2, layers=1, vocab_size=50, context_length=8)), clip_adv.OUR_PREPROCESS, 3)
-    whole, how = clip_adv.complete(model.model_cfg, model.preprocess_cfg)
-    return model.visual, {'vision_cfg': whole['vision_cfg'], 'embed_dim': 16, 'quick_gelu': False, 'preprocess_cfg': how, 'geometry': 'pad'}
+    return model.visual, llava_adv.tower_of(model) | {'geometry': 'pad'}
 
 
 def connected(llm, image_id):

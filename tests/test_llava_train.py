@@ -7,12 +7,11 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, environment, execute, flags, torchrun
+from conftest import ROOT, environment, execute, flags, torchrun
 from PIL import Image
 from test_train import assert_same_state, quantities, relative, state
 
 import clip_adv
-import data
 import llava_adv
 
 SCRIPT, ONE_STEP = ROOT / 'llava_adv.py', ROOT / 'tests' / 'one_step.py'

@@ -8,7 +8,6 @@ import pytest
 import torch
 from conftest import ROOT, execute, flags
 
-import data
 import llava_adv
 
 pytestmark = pytest.mark.slow

@@ -600,7 +600,7 @@ def vqa_set(data: str, split: str = 'test', annotations: str = '', image_root: s
             if not annotations:
                 raise SystemExit(f"error: {what}: these are VQAv2's questions; name the file of their answers: --annotations FILE")
             answers = {a['question_id']: [x['answer'] for x in a['answers']] for a in read_json(Path(annotations), '--annotations')['annotations']}
-            subtype = content.get('data_subtype', 'val2014')
+            subtype = content['data_subtype']  # 'val2014', say
             rows = [(f'COCO_{subtype}_{int(q["image_id"]):012d}.jpg', q['question'], answers.get(q['question_id']), q['question_id'])
                     for q in content['questions']]
         elif isinstance(content, dict) and 'data' in content:
@@ -648,7 +648,10 @@ def pope_set(data: str, split: str = 'test', image_root: str = '') -> QuestionSe
 
 
 def sqa_set(data: str, split: str = 'test', image_root: str = '') -> QuestionSet:
-    """ScienceQA's folder (problems.json, pid_splits.json): the questions with an image, asked as LLaVA is asked; the answer is a letter."""
+    """ScienceQA's folder (problems.json, pid_splits.json): the questions with an image, asked as LLaVA 1.5 is asked; the answer is a letter.
+
+    official: LLaVA scripts/convert_sqa_to_llava_base_prompt.py (CQM), llava/eval/model_vqa_science.py (--single-pred-prompt)
+    """
     folder, root = Path(data), Path(image_root or data)
     problems, splits = read_json(folder / 'problems.json', '--data'), read_json(folder / 'pid_splits.json', '--data')
     if split not in splits:
@@ -659,8 +662,9 @@ def sqa_set(data: str, split: str = 'test', image_root: str = '') -> QuestionSet
             p = problems[number]
             if not p.get('image'):
                 continue
-            choices = '\n'.join(f'{chr(65 + i)}. {choice}' for i, choice in enumerate(p['choices']))
-            text = f'Context: {p["hint"]}\n' * bool(p.get('hint')) + f"{p['question']}\n{choices}\nAnswer with the option's letter from the given choices directly."
+            options = ' '.join(f'({chr(65 + i)}) {choice}' for i, choice in enumerate(p['choices']))
+            text = f'Context: {p.get("hint", "").strip() or "N/A"}\nQuestion: {p["question"]}\nOptions: {options}'.replace('  ', ' ')
+            text += "\nAnswer with the option's letter from the given choices directly."
             found.append(Question(root / split / number / p['image'], text, [chr(65 + p['answer'])], '', number))
         except (KeyError, TypeError) as e:
             raise SystemExit(f'error: {folder / "problems.json"}: problem {number}: {type(e).__name__}: {e}') from None
@@ -989,11 +993,32 @@ class LLMTokenizer:
         return self.backend.decode(ids, skip_special_tokens=True).strip()
 
     def render(self, messages: list[dict], add_generation_prompt: bool) -> str:
-        """The LLM's own chat template."""
+        """The LLM's own chat template.   messages: [{'role': 'user' | 'assistant', 'content': text}]"""
+        if self.takes_parts:
+            parts = lambda text: [{'type': 'image'}] * (IMAGE in text) + [{'type': 'text', 'text': text.replace(f'{IMAGE}\n', '').replace(IMAGE, '')}]
+            messages = [{**m, 'content': parts(m['content'])} for m in messages]
+        return self.fill_template(messages, add_generation_prompt)
+
+    @functools.cached_property
+    def takes_parts(self) -> bool:
+        """Templates of models that see take a list of images and texts, and show nothing of a mere text."""
+        probe = 'Is it?'
+        if probe in self.fill_template([{'role': 'user', 'content': probe}], False):
+            return False
+        if probe in self.fill_template([{'role': 'user', 'content': [{'type': 'text', 'text': probe}]}], False):
+            return True
+        raise SystemExit('error: --prompt chat: the chat template of the LLM does not show what the user says; use --prompt v1')
+
+    def fill_template(self, messages: list[dict], add_generation_prompt: bool) -> str:
+        import jinja2
+
         def refuse(message: str):
-            raise SystemExit(f'error: the chat template of the LLM: {message}')
-        return compiled(self.chat_template).render(messages=messages, add_generation_prompt=add_generation_prompt,
-                                                   bos_token=self.bos_token or '', eos_token=self.eos_token, raise_exception=refuse)
+            raise jinja2.TemplateError(message)
+        try:
+            return compiled(self.chat_template).render(messages=messages, add_generation_prompt=add_generation_prompt,
+                                                       bos_token=self.bos_token or '', eos_token=self.eos_token, raise_exception=refuse)
+        except (jinja2.TemplateError, TypeError) as e:
+            raise SystemExit(f'error: --prompt chat: the chat template of the LLM: {type(e).__name__}: {e}; use --prompt v1') from None
 
     def files(self, max_length: int) -> dict[str, str]:
         """File name → content, such that transformers' AutoTokenizer reads the same tokenizer."""
@@ -1054,6 +1079,8 @@ def read_llm_tokenizer(path: Path) -> LLMTokenizer:
     template = config.get('chat_template')
     if (path / 'chat_template.jinja').is_file():
         template = (path / 'chat_template.jinja').read_text(encoding='utf-8')
+    elif template is None and (path / 'chat_template.json').is_file():
+        template = read_json(path / 'chat_template.json', str(path)).get('chat_template')
     if isinstance(template, list):  # several, by name
         template = next((t['template'] for t in template if t['name'] == 'default'), None)
     return LLMTokenizer(backend, token('bos'), token('eos'), token('pad'), template, str(path))

@@ -415,14 +415,15 @@ class Asked:
     number: int
     image: Path
     question: str
-    rounds: list[tuple[str, str]]   # ('away' from | 'towards', a text), or ('again', ''): from the worst image so far, in full precision
+    rounds: list[tuple[str, str | None]]  # ('away' from | 'towards', a text; None: from what it says then, unless a round named that),
+                                          # or ('again', ''): from the worst image so far, in full precision
     score: Callable[[str], float]   # of an answer; the attack wants it low
 
 
 class Answerer:
     """A LLaVA, asked about images; or a language model alone, which is asked and shown nothing (the "no image" row)."""
 
-    def __init__(self, path: str, device: torch.device, max_new: int, batch_size: int):
+    def __init__(self, path: str, device: torch.device, max_new: int, batch_size: int, style: str = ''):
         self.path, self.device, self.max_new, self.batch_size, self.blind = path, device, max_new, batch_size, False
         if llava_adv.is_llava(path) or not (Path(path) / 'config.json').is_file():
             self.model, self.tokenizer = llava_adv.load_llava(path)
@@ -433,7 +434,7 @@ class Answerer:
             llm.to(device).requires_grad_(False)
             self.model = SimpleNamespace(llm=llm, embed=lambda images, ids: llm.model.embed_tokens(ids), ends=llava_adv.ends_of(llm, self.tokenizer))
             self.blind, self.image_tokens = True, 0
-        self.prompt = llava_adv.Prompt(self.tokenizer, llava_adv.prompt_style('', self.tokenizer), self.image_tokens, 1 << 30)
+        self.prompt = llava_adv.Prompt(self.tokenizer, llava_adv.prompt_style(style or getattr(self.model, 'style', ''), self.tokenizer), self.image_tokens, 1 << 30)
 
     def pixels(self, file: Path) -> Tensor:
         """→ float32 [3, S, S] in [0, 1]: the pixels that the attack may change."""
@@ -453,51 +454,56 @@ class Answerer:
                 out[i] = self.tokenizer.decode(tokens)
         return out
 
+    def watched(self, question: str, said: str, sample: data.Sample) -> list[int]:
+        """For each supervised token of the sample: the one that the model would say there if it still said `said`; −1: cannot be known.
+
+        What is predicted behind a text tells what the model says as long as it would have said that text: up to the first difference.
+        """
+        own, _ = self.ids(question, said)
+        known = next((k for k, (a, b) in enumerate(zip(own, sample.ids)) if a != b), min(len(own), len(sample.ids)) - 1)
+        return [own[k] if k <= known else -1 for k, supervised in enumerate(sample.labels) if supervised]
+
     def worst(self, x: Tensor, asked: list[Asked], eps: float, threshold: float, iterations: int = 100, early: bool = True,
               tick=lambda n: None) -> tuple[list[str], list[float], Tensor]:
         """(answers, scores, images [n, 3, S, S]) of the worst images that the rounds find; a sample leaves once its score is at most
         `threshold`.   METHOD.md, evaluation; RobustVLM's ensembles: APGD without random start, first step ε.
 
-        eps: in [0, 1] units.  early: looks at the answer whenever the attack changes a token that it knows, and not after a round only.
+        eps: in [0, 1] units.  early: looks at the answer whenever a token of it has changed (see watched), and not after a round only.
         """
         texts = self.answer(x, [a.question for a in asked])
         scores, images = [a.score(t) for a, t in zip(asked, texts)], x.clone()
-        against, height = [('', '')] * len(asked), [float('-inf')] * len(asked)  # what `again` goes on with, and how far it got
-        for number in range(max((len(a.rounds) for a in asked), default=0)):
-            rows = [i for i, a in enumerate(asked) if scores[i] > threshold and number < len(a.rounds)]
-            rows = [i for i in rows if asked[i].rounds[number][0] != 'again' or against[i][0]]
-            if not rows:
-                tick(len(asked))
-                continue
+        against = [('', '')] * len(asked)  # of the worst image so far, what it was driven away from: `again` goes on with it
+        kinds = [(number, kind) for number in range(max((len(a.rounds) for a in asked), default=0)) for kind in (('away',), ('again', 'towards'))]
+        for number, kind in kinds:  # one kind at a time, so that a sample's precision does not depend on who is beside it
+            rows = [i for i, a in enumerate(asked) if number < len(a.rounds) and a.rounds[number][0] in kind]
+            over = len(rows)
+            rows = [i for i in rows if scores[i] > threshold and (against[i][0] or asked[i].rounds[number][0] != 'again')]
             goals = [against[i] if asked[i].rounds[number][0] == 'again' else asked[i].rounds[number] for i in rows]
-            half = self.device.type == 'cuda' and all(asked[i].rounds[number][0] == 'away' for i in rows)
+            goals = [(way, texts[i] if text is None else text) for i, (way, text) in zip(rows, goals)]
+            new = [n for n, i in enumerate(rows) if asked[i].rounds[number][1] is not None or goals[n] not in asked[i].rounds]
+            rows, goals = [rows[n] for n in new], [goals[n] for n in new]
+            if not rows:
+                tick(over)
+                continue
+            half = self.device.type == 'cuda' and kind == ('away',)
             start = torch.stack([images[i] if asked[i].rounds[number][0] == 'again' else x[i] for i in rows])
             samples = [data.Sample(None, *self.ids(asked[i].question, text), 0) for i, (_, text) in zip(rows, goals)]
+            watched = [self.watched(asked[i].question, texts[i], sample) for i, sample in zip(rows, samples)]
             sign = torch.tensor([1. if way == 'away' else -1. for way, _ in goals], device=self.device)
-            first = [self.ids(asked[i].question, texts[i])[0] for i in rows]  # what it says now
 
             def loss(z: Tensor, idx: Tensor) -> tuple[Tensor, Tensor]:
                 names = idx.tolist()
                 batch = llava_adv.collate([samples[n] for n in names], self.tokenizer.pad).to(self.device)
                 with torch.autocast(self.device.type, torch.bfloat16, enabled=half):
                     logits = self.model.logits(z, batch)
-                value = torch.nn.functional.cross_entropy(logits, batch.targets, reduction='none')
+                # in float64: in float32 the loss of a sure answer is exactly 0, and so is its gradient
+                value = torch.nn.functional.cross_entropy(logits.double(), batch.targets, reduction='none').float()
                 value = value.new_zeros(len(names)).index_add(0, batch.rows, value)
                 done = torch.zeros(len(names), dtype=torch.bool, device=self.device)
                 if early:
-                    # the tokens that follow the prompt are known as long as they are those of the goal: an answer that differs from
-                    # the goal (away), or whose first token differs from what was said before (towards), is looked at
-                    said, seen = logits.argmax(1).tolist(), {}
-                    for row, token, target in zip(batch.rows.tolist(), said, batch.targets.tolist()):
-                        seen.setdefault(row, []).append((token, target))
-                    look = []
-                    for row, n in enumerate(names):
-                        if goals[n][0] == 'away':
-                            changed = any(token != target for token, target in seen[row])
-                        else:
-                            begins = samples[n].labels.index(True)
-                            changed = begins < len(first[n]) and seen[row][0][0] != first[n][begins]
-                        look += [row] * changed
+                    expected = torch.tensor([token for n in names for token in watched[n]], device=self.device)
+                    changed = (expected >= 0) & (logits.argmax(1) != expected)
+                    look = batch.rows[changed].unique().tolist()
                     if look:
                         spoken = self.answer(z.detach()[look], [asked[rows[names[row]]].question for row in look])
                         for row, text in zip(look, spoken):
@@ -508,18 +514,17 @@ class Answerer:
             attacks.check(x[rows], found.images, eps)
             spoken = self.answer(found.images, [asked[i].question for i in rows])
             for n, (i, text) in enumerate(zip(rows, spoken)):
-                score = asked[i].score(text)
-                if score < scores[i] or score == scores[i] and goals[n][0] == 'away' and float(found.loss[n]) > height[i]:
-                    scores[i], texts[i], images[i], against[i] = score, text, found.images[n], goals[n]
-                    height[i] = float(found.loss[n]) if goals[n][0] == 'away' else float('-inf')
-            tick(len(asked))
+                score, way = asked[i].score(text), goals[n][0]
+                if score < scores[i] or way == 'away' and not against[i][0]:  # of equals the first stays: the most frequent reference's
+                    scores[i], texts[i], images[i], against[i] = score, text, found.images[n], goals[n] if way == 'away' else ('', '')
+            tick(over)
         return texts, scores, images
 
 
 def asked_and_attacked(args, rank: int, world: int, device: torch.device, asked: list[Asked], threshold: float, name: str, path: str,
                        early: bool = True) -> tuple[dict, dict]:
     """{ε: {number: (answer, score)}}, clean as ε = 0; and on rank 0 {ε: x_adv [3, S, S]} of the first question's image."""
-    model = Answerer(path, device, args.max_new, args.batch_size)
+    model = Answerer(path, device, args.max_new, args.batch_size, args.prompt)
     radii = [] if model.blind or args.attack == 'none' else args.eps
     found, first, mine = {eps: {} for eps in [0., *radii]}, {}, asked[rank::world]
     rounds = max(len(a.rounds) for a in asked)
@@ -598,9 +603,9 @@ def vqa(args: argparse.Namespace, rank: int, world: int, device: torch.device) -
     if not groups:
         raise SystemExit(f"error: --questions {' '.join(args.questions)}: must be among what, yes/no, all")
 
-    def rounds(q: data.Question) -> list[tuple[str, str]]:
+    def rounds(q: data.Question) -> list[tuple[str, str | None]]:
         common = [answer for answer, _ in Counter(q.answers).most_common(5)]
-        return [*(('away', answer) for answer in common), ('again', ''), ('towards', 'maybe'), ('towards', 'Word')]
+        return [*(('away', answer) for answer in common), ('away', None), ('again', ''), ('towards', 'maybe'), ('towards', 'Word')]
     return questions(args, rank, world, device, found, groups, lambda text, q: vqa_accuracy(text, q.answers), rounds, 'VQA accuracy in %',
                      {'accuracy': lambda answers, asked, scores: mean(scores)})
 
@@ -612,17 +617,17 @@ def pope(args: argparse.Namespace, rank: int, world: int, device: torch.device) 
     measure = lambda key: lambda answers, asked, scores: pope_scores(answers, [q.answers[0] for q in asked])[key]
     return questions(args, rank, world, device, found, {'yes/no': list(range(len(found.questions)))},
                      lambda text, q: pope_scores([text], q.answers)['accuracy'],
-                     lambda q: [('away', q.answers[0]), ('again', ''), ('towards', other[q.answers[0]])], 'POPE, in %',
+                     lambda q: [('away', q.answers[0]), ('away', None), ('again', ''), ('towards', other[q.answers[0]])], 'POPE, in %',
                      {key: measure(key) for key in ('f1', 'accuracy', 'precision', 'recall', 'yes_rate')})
 
 
 def sqa(args: argparse.Namespace, rank: int, world: int, device: torch.device) -> dict:
     """ScienceQA, the questions with an image: is the letter of the answer right?"""
     found = data.sqa_set(args.data[0], args.split, args.image_root)
-    letters = lambda q: [line[0] for line in q.question.split('\n') if line[1:3] == '. ']
-    said = lambda text: text.strip().lstrip('(')[:1].upper()
-    return questions(args, rank, world, device, found, {'all': list(range(len(found.questions)))}, lambda text, q: float(said(text) == q.answers[0]),
-                     lambda q: [('away', q.answers[0]), ('again', ''), *(('towards', other) for other in letters(q) if other != q.answers[0])],
+    letters = lambda q: [c for c in 'ABCDEFGHIJ' if f'({c}) ' in q.question.rpartition('\nOptions: ')[2]]
+    return questions(args, rank, world, device, found, {'all': list(range(len(found.questions)))},
+                     lambda text, q: float(option_letter(text) == q.answers[0]),
+                     lambda q: [('away', q.answers[0]), ('away', None), ('again', ''), *(('towards', other) for other in letters(q) if other != q.answers[0])],
                      'ScienceQA, accuracy in %', {'accuracy': lambda answers, asked, scores: mean(scores)})
 
 
@@ -683,11 +688,13 @@ def targeted(args, rank: int, world: int, device: torch.device, found: data.Refe
                                   (image[eps], f'x + δ: {record[eps][first][0]}')]
         results.append(row)
     if rank == 0:
+        radii = sorted({eps for r in results for rates in r['success'].values() for eps in rates}, key=float)  # of an LLM alone: 0
         say(f'targeted captions: success rate in % (the sentence is in the caption), split {args.split}, n = {len(numbers)}; APGD {args.iterations} towards '
             f'the sentence, l∞, ε in 1/255; ε = 0: unperturbed')
-        table(['model', 'sentence', *(f'ε = {eps}' for eps in results[0]['success'][args.targeted[0]])],
-              [[r['dir'], text, *map(percent, rates.values())] for r in results for text, rates in r['success'].items()])
+        table(['model', 'sentence', *(f'ε = {eps}' for eps in radii)],
+              [[r['dir'], text, *(percent(rates[eps]) if eps in rates else '–' for eps in radii)] for r in results for text, rates in r['success'].items()])
         if args.grid:
+            shown = [row for row in shown if len(row) == max(map(len, shown))]
             pictures(Path(args.grid), shown, 'targeted captions')
     return {'n': len(numbers), 'results': results}
 
@@ -840,7 +847,7 @@ def audit_checks(logits, x: Tensor, y: Tensor, eps: float, names: list[int], see
 
 # ====================================================================================== metrics of answers and captions
 NUMBERS = dict(zip('none zero one two three four five six seven eight nine ten'.split(), '0 0 1 2 3 4 5 6 7 8 9 10'.split()))
-CONTRACTIONS = {  # a word without (one of) its apostrophes → the word; those of the official table, which knows no "its" and no "were"
+CONTRACTIONS = {  # a word without (one of) its apostrophes → the word; the official table (which knows no "its" and no "were"), and a few more
     variant: word for word in (
         "ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd he'd've he's how'd how'll how's "
         "isn't it'd it'd've it'll ma'am mightn't mightn't've might've mustn't must've needn't not've o'clock oughtn't shan't she'd've she's should've "
@@ -864,15 +871,26 @@ def normalise_answer(text: str) -> str:
 
 
 def vqa_accuracy(answer: str, references: list[str]) -> float:
-    """min(1, how many of the other annotators said so / 3), averaged over who is left out; of a single reference: whether it is equal.
+    """min(1, how many of the other annotators said so / 3), averaged over who is left out. Of fewer than four references all the others
+    have to; of a single one: whether it is equal.
 
-    The official code normalises only where the annotators disagree, so that "Red." is wrong where all ten said "red". Here it always does.
+    Answer and references are normalised alike. The official code normalises the answer always, of the references only the punctuation, and
+    that only where they differ: the published ones are clean already.
     """
     said, of = normalise_answer(answer), [normalise_answer(r) for r in references]
     if len(of) == 1:
         return float(said == of[0])
     same = of.count(said)
-    return mean([min(1., (same - (r == said)) / 3) for r in of])
+    return mean([min(1., (same - (r == said)) / min(3, len(of) - 1)) for r in of])
+
+
+def option_letter(text: str) -> str:
+    """The option that an answer names: "B", "(B)", "B.", "B. mammal", "The answer is B."; else ''.   official: LLaVA eval_science_qa.py"""
+    text = text.strip()
+    if found := re.match(r'\(?([A-Z])\)?\.?$', text) or re.match(r'([A-Z])\. ', text):
+        return found[1]
+    named = re.findall(r'The answer is ([A-Z])\b', text)
+    return named[0] if len(named) == 1 else ''
 
 
 def tokenise_caption(text: str) -> list[str]:
@@ -1122,6 +1140,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         c.add_argument('--eps', type=float, nargs='*', default=[12.], help='radius in 1/255')
         c.add_argument('--iterations', type=int, default=100, help='of each round of the attack')
         c.add_argument('--max_new', type=int, default=words, help='tokens of an answer (TextVQA: 10)')
+        c.add_argument('--prompt', default='', choices=['v1', 'chat'], help="what a question is put into: 'v1' (Vicuna), 'chat' (the LLM's own template); "
+                       "default: as it was trained, else chat where there is a template")
         c.set_defaults(subset='all', native=False)
         if run is vqa:
             c.add_argument('--annotations', default='', metavar='FILE', help='VQAv2: the answers')

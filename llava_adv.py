@@ -26,6 +26,7 @@ import json
 import math
 import os
 import re
+import shutil
 import sys
 from dataclasses import dataclass
 from datetime import timedelta
@@ -57,7 +58,7 @@ class Config:
     workers: int = 0              # image-decoding processes per rank; 0: none of its own
     init: str = 'runs/clip_adv'   # a CLIP run directory, or a LLaVA directory (tower, projector and LLM from it)
     llm: str = 'tiny'             # 'tiny' (trained here, on the text), a directory, a .gguf file, or a repository id of Hugging Face
-    prompt: str = ''              # of sub-stage B: 'v1' (Vicuna), 'chat' (the LLM's own template); default: chat where it has one
+    prompt: str = ''              # of sub-stage B: 'v1' (Vicuna), 'chat' (the LLM's own template); default: --init's, chat where there is a template
     max_length: int = 2048        # tokens of a sample, image tokens included; longer ones are cut
     resume: bool = False          # continue the run in --out; start it where there is none
     overwrite: bool = False       # replace the run in --out, once the new one has a checkpoint
@@ -313,12 +314,12 @@ class LLaVA(nn.Module):
     """Image tower → projector → among the LLM's tokens, in the place of <image>.   Liu et al. 2023, arXiv 2310.03744
 
     tower: what made the ViT: {'vision_cfg', 'embed_dim', 'quick_gelu', 'preprocess_cfg'}; 'geometry' in it says how an image becomes a
-    square: 'pad' (with the mean colour) or 'crop' (resize the short side, centre crop).
+    square: 'pad' (with the mean colour) or 'crop' (resize the short side, centre crop).  style: of the prompt, see Prompt; '' if not known.
     """
 
-    def __init__(self, visual: clip_adv.ViT, llm: Llama, image_id: int, tower: dict):
+    def __init__(self, visual: clip_adv.ViT, llm: Llama, image_id: int, tower: dict, style: str = ''):
         super().__init__()
-        self.visual, self.llm, self.image_id, self.tower = visual, llm, image_id, tower
+        self.visual, self.llm, self.image_id, self.tower, self.style = visual, llm, image_id, tower, style
         if hasattr(visual, 'proj'):
             del visual.proj  # into CLIP's shared space; of no use here
         width = llm.cfg['hidden_size']
@@ -436,7 +437,10 @@ class Prompt:
                 if not done.startswith(asked):
                     raise SystemExit('error: --prompt chat: the chat template of the LLM rewrites what was said before; use --prompt v1')
                 rest = done[len(asked):]
-                end = rest.rfind(eos) + len(eos) if eos in rest else len(rest)
+                if eos not in rest:
+                    raise SystemExit(f'error: --prompt chat: the chat template of the LLM does not put its end-of-text token {eos!r} behind an answer, '
+                                     f'so no answer would end; use --prompt v1, or name the right eos_token in tokenizer_config.json')
+                end = rest.rfind(eos) + len(eos)
                 parts += [(rest[:end], True), (rest[end:], False)]
         return parts
 
@@ -495,7 +499,7 @@ def main(cfg: Config, given: set[str] | None = None) -> None:
         if first_step >= end and end < last_step:                          # resumed in the other sub-stage
             continue
         # -------------------------------------------------------------------------- what is trained, and on what
-        prompt = Prompt(tokenizer, 'plain' if sub == 'A' else prompt_style(cfg.prompt, tokenizer), model.image_tokens, cfg.max_length)
+        prompt = Prompt(tokenizer, 'plain' if sub == 'A' else model.style, model.image_tokens, cfg.max_length)
         model.tower['geometry'] = 'crop' if sub == 'A' else 'pad'
         optimizer = torch.optim.AdamW(trainable(model, cfg, sub), weight_decay=cfg.wd, betas=(.9, .999), fused=True)
         if state is not None and run is None:
@@ -574,7 +578,8 @@ def main(cfg: Config, given: set[str] | None = None) -> None:
                         answer_tokens=int(tokens), attack_ms=attack_ms, train_ms=train_ms)
             run.save_or_leave(step + 1, (step + 1 - begin) % cfg.save_every == 0 or step + 1 == end, bar, world, device)
         bar.close()
-    run.finish(f'{cfg.out} opens in transformers as a LlavaForConditionalGeneration; measure it with: python eval.py vqa {cfg.out}')
+    opens = 'opens in transformers as a LlavaForConditionalGeneration' if expressible(model.tower) else 'holds the model'
+    run.finish(f'{cfg.out} {opens}; measure it with: python eval.py vqa {cfg.out}')
 
 
 class SubStage(NamedTuple):
@@ -639,7 +644,7 @@ def chat(cfg: Config) -> None:
     device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
     model, tokenizer = load_llava(cfg.init)
     model.to(device)
-    prompt = Prompt(tokenizer, prompt_style(cfg.prompt, tokenizer), model.image_tokens, cfg.max_length)
+    prompt = Prompt(tokenizer, prompt_style(cfg.prompt or model.style, tokenizer), model.image_tokens, cfg.max_length)
     try:
         image = fit(model)(data.read_image(Path(cfg.chat)))
     except data.BadImage as e:
@@ -705,18 +710,18 @@ def build(cfg: Config, state: dict | None, rank: int, device: torch.device) -> t
             tower = state['tower']
             visual = make_tower(tower)
         if cfg.llm == 'tiny':
-            if rank == 0 and state is None and not tiny_llm_is_there(cfg):
-                train_tiny_llm(Path(cfg.out) / 'llm', cfg)
+            if rank == 0 and state is None and not tiny_llm(cfg):
+                train_tiny_llm(Path(cfg.out) / NEW_LLM, cfg)
             if dist.is_initialized():
                 dist.barrier()
-        llm, tokenizer = load_llm(str(Path(cfg.out) / 'llm') if cfg.llm == 'tiny' else cfg.llm, dtype)
+        llm, tokenizer = load_llm(str(tiny_llm(cfg) or Path(cfg.out) / 'llm') if cfg.llm == 'tiny' else cfg.llm, dtype)
         with clip_adv.seeded(cfg.seed):
             model = LLaVA(visual, llm, tokenizer.image, tower)
         model.ends = ends_of(llm, tokenizer)
     if state is not None and state['llm'] != fingerprint(model.llm):
         raise SystemExit(f'error: --resume: the LLM in {cfg.llm if cfg.llm != "tiny" else cfg.out + "/llm"} is not the one that the run '
                          f'in {cfg.out} began with')
-    model.fingerprint = fingerprint(model.llm)
+    model.fingerprint, model.style = fingerprint(model.llm), prompt_style(cfg.prompt or model.style, tokenizer)
     return model, tokenizer
 
 
@@ -753,45 +758,50 @@ def made_from(cfg: Config) -> list:
     return [cfg.seed, cfg.turns, *map(list, files)]
 
 
-def tiny_llm_is_there(cfg: Config) -> bool:
-    """From a run before, with the same data and seed."""
-    try:
-        config = json.loads((Path(cfg.out) / 'llm' / 'config.json').read_text(encoding='utf-8'))
-    except (OSError, ValueError):
-        return False
-    return config.get('made_from') == made_from(cfg) and (Path(cfg.out) / 'llm' / MODEL).exists()
+NEW_LLM = 'new_llm'  # where the tiny LLM of a run without a checkpoint is; an older run's is in 'llm' until then (see Run.save)
 
 
-def train_tiny_llm(folder: Path, cfg: Config, steps: int = 1300, batch_size: int = 32, lr: float = 1e-3) -> None:
+def tiny_llm(cfg: Config) -> Path | None:
+    """Where it is, of this run or of one before with the same data and seed."""
+    for folder in (Path(cfg.out) / NEW_LLM, Path(cfg.out) / 'llm'):
+        try:
+            if json.loads((folder / 'config.json').read_text(encoding='utf-8')).get('made_from') == made_from(cfg):
+                return folder
+        except (OSError, ValueError):
+            pass
+    return None
+
+
+def train_tiny_llm(folder: Path, cfg: Config, steps: int = 800, batch_size: int = 32, lr: float = 1e-3) -> None:
     """A language model of about a million parameters, trained on the text of the training split and on no image: the stand-in for a
-    pretrained LLM. In nine of ten texts a caption stands where the image will stand, so it learns to answer from a description; in
-    the others nothing does, so it learns which answers a question has, and how often: all that one who never looks can know.
-    Questions with a negation come last: "is there a red shape" and "is there not a red shape" have opposite answers, and before it can
-    compare what is asked with what is said they teach it, together, nothing.
+    pretrained LLM. A caption stands where the image will stand, so it learns to answer from a description. To compare what is asked with
+    what is said is hard to learn, so that comes alone, first: questions without negation, since "is there a red shape" and "is there
+    not a red shape" have opposite answers, and together teach a beginner nothing. In the second half all questions, captions, and, in one of ten
+    conversations, no description: which answers a question has, and how often, is all that one who never looks can know.
     """
     pictured = data.load_chats(cfg.data_a or cfg.data, 'train', cfg.image_root_a or cfg.image_root, captions=True).chats
-    asked = data.load_chats(cfg.data, 'train', cfg.image_root, turns=cfg.turns).chats
+    whole = data.load_chats(cfg.data, 'train', cfg.image_root, turns=1 << 30).chats  # all questions about an image in one conversation
     captions: dict[Path | None, list[str]] = {}
     for chat in pictured:
         captions.setdefault(chat.image, []).append(chat.turns[0][1])
     g = data.generator(cfg.seed, 'tiny llm', 0)
     draw = lambda n: int(torch.randint(n, (), generator=g))
 
-    def described(chat: data.Chat, turns: list[tuple[str, str]]) -> list[tuple[str, str]]:
-        of = captions.get(chat.image, []) if chat.image and draw(10) else []
+    def described(chat: data.Chat, turns: list[tuple[str, str]], bare_too: bool) -> list[tuple[str, str]]:
+        of = captions.get(chat.image, []) if chat.image and not (bare_too and draw(10) == 0) else []
         bare = [(q.replace(f'{data.IMAGE}\n', '').replace(data.IMAGE, ''), a) for q, a in turns]
         return [(f'{of[draw(len(of))]}\n{bare[0][0]}', bare[0][1]), *bare[1:]] if of else bare
-    words = [text for chat in pictured + asked for q, a in chat.turns for text in (f'USER: {q}', f' ASSISTANT: {a}')]
+    words = [text for chat in pictured + whole for q, a in chat.turns for text in (f'USER: {q}', f' ASSISTANT: {a}')]
     tokenizer = data.train_llm_tokenizer([text.replace(data.IMAGE, '') for text in words], 2048)
     ask = Prompt(tokenizer, 'chat', 0, 2048)
-    negated = lambda question: re.search(r'\b(no|not)\b', question)
-    easy: list[tuple[data.Chat, list[tuple[str, str]]]] = []  # conversations as long, without negations
-    for chat in data.load_chats(cfg.data, 'train', cfg.image_root, turns=1 << 30).chats:
-        kept = [turn for turn in chat.turns if not negated(turn[0])]
-        easy += [(chat, kept[i:i + cfg.turns]) for i in range(0, len(kept), cfg.turns)]
-    captioning = [tokenizer.encode(f'{tokenizer.bos_token}{q}{a}\n')[0] for chat in pictured for q, a in described(chat, chat.turns)]
-    early = [ask.encode(described(chat, turns))[0] for chat, turns in easy]
-    late = [ask.encode(described(chat, chat.turns))[0] for chat in asked]
+
+    def texts(turns_of, bare_too: bool) -> list[list[int]]:
+        """Token ids of the conversations, cfg.turns questions each."""
+        kept = [(chat, turns_of(chat)) for chat in whole]
+        return [ask.encode(described(chat, turns[i:i + cfg.turns], bare_too))[0] for chat, turns in kept for i in range(0, len(turns), cfg.turns)]
+    early = texts(lambda chat: [turn for turn in chat.turns if not re.search(rf'\b(no|not)\b|{data.CAPTION_QUESTION}', turn[0])], bare_too=False)
+    late = texts(lambda chat: chat.turns, bare_too=True)
+    captioning = [tokenizer.encode(f'{tokenizer.bos_token}{q}{a}\n')[0] for chat in pictured for q, a in described(chat, chat.turns, False)]
     colon = tokenizer.encode(' ASSISTANT:')[0][-1]
 
     config = {'model_type': 'llama', 'architectures': ['LlamaForCausalLM'], 'vocab_size': -(-tokenizer.vocab_size // 64) * 64, 'hidden_size': 128,
@@ -803,17 +813,19 @@ def train_tiny_llm(folder: Path, cfg: Config, steps: int = 1300, batch_size: int
     for name, p in llm.named_parameters():  # norms stay at 1; what writes into the residual stream starts smaller, as in GPT-2
         if p.ndim > 1:
             p.data = torch.randn(p.shape, generator=g) * (.02 / math.sqrt(8) if name.endswith(('o_proj.weight', 'down_proj.weight')) else .05)
+    for layer in llm.model.layers:  # a token looks at its like from the start: what is asked at what is said
+        layer.self_attn.k_proj.weight.data = layer.self_attn.q_proj.weight.data.clone()
     llm.tie()
     optimizer = torch.optim.AdamW(llm.parameters(), lr=lr, weight_decay=.01, betas=(.9, .95), fused=True)
     with tqdm(range(steps), desc='tiny LLM', mininterval=.5 if sys.stderr.isatty() else 30) as bar:
         for step in bar:
-            answering = early if step < .6 * steps else late
-            drawn = [texts[draw(len(texts))] for texts in (answering if draw(8) else captioning for _ in range(batch_size))]
+            kinds = [early if step < steps // 2 else late if draw(8) else captioning for _ in range(batch_size)]
+            drawn = [kind[draw(len(kind))] for kind in kinds]
             batch = collate([data.Sample(None, ids, [False] + [True] * (len(ids) - 1), 0) for ids in drawn], tokenizer.pad)
             hidden = llm(llm.model.embed_tokens(batch.ids))[batch.rows, batch.columns]
             loss = F.cross_entropy(llm.lm_head(hidden), batch.targets, reduction='none')
-            # an answer weighs as much as ten words of a question: it is what has to be read out of the description
-            weight = torch.where(batch.ids[batch.rows, batch.columns] == colon, 10., 1.)
+            # an answer weighs as much as a hundred words of a question: it is what has to be read out of the description
+            weight = torch.where(batch.ids[batch.rows, batch.columns] == colon, 100., 1.)
             loss = (loss * weight).sum() / weight.sum()
             loss.backward()
             nn.utils.clip_grad_norm_(llm.parameters(), 1.)
@@ -1049,7 +1061,7 @@ def hf_config(model: LLaVA) -> dict:
         vision = {'model_type': 'open_clip_vit', **{k: model.tower[k] for k in ('vision_cfg', 'embed_dim', 'quick_gelu')}}
     return {'architectures': ['LlavaForConditionalGeneration'], 'model_type': 'llava', 'image_token_index': model.image_id,
             'image_seq_length': model.image_tokens, 'projector_hidden_act': 'gelu', 'multimodal_projector_bias': True,
-            'vision_feature_layer': -2, 'vision_feature_select_strategy': 'default',
+            'vision_feature_layer': -2, 'vision_feature_select_strategy': 'default', 'prompt_style': model.style,
             'tie_word_embeddings': llm.cfg['tie_word_embeddings'], 'text_config': llm.config, 'vision_config': vision,
             'dtype': str(llm.model.embed_tokens.weight.dtype).removeprefix('torch.')}
 
@@ -1066,10 +1078,11 @@ def hf_preprocessor(model: LLaVA) -> dict:
 
 
 def export(model: LLaVA, tokenizer: data.LLMTokenizer, out: Path, max_length: int) -> None:
-    """The whole model, adapters merged, as a LlavaForConditionalGeneration that transformers opens."""
+    """The whole model, adapters merged, as a LlavaForConditionalGeneration that transformers opens; its weights are named as in the
+    published LLaVAs, which transformers 4 and 5 read."""
     plain, weights = expressible(model.tower), {}
     for name, w in model.visual.state_dict().items():
-        weights |= {f'vision_tower.{n}': t for n, t in (to_hf(name, w) if plain else [(name, w)])}
+        weights |= {f'vision_tower.vision_model.{n}': t for n, t in to_hf(name, w)} if plain else {f'vision_tower.{name}': w}
     weights |= {f'multi_modal_projector.{name}': w for name, w in model.projector.state_dict().items()}
     merged = {f'{name}.weight': m.merged() for name, m in model.llm.named_modules() if isinstance(m, Linear)}
     for name, w in model.llm.state_dict().items():
@@ -1123,7 +1136,7 @@ def load_llava(path: str, dtype: torch.dtype = torch.float32) -> tuple[LLaVA, da
     with torch.device('meta'):
         llm = Llama({**text, 'vocab_size': max(text.get('vocab_size', 32000), tokenizer.vocab_size)})
     with clip_adv.seeded(0):
-        model = LLaVA(make_tower(tower), llm, config.get('image_token_index', config.get('image_token_id')), tower)
+        model = LLaVA(make_tower(tower), llm, config.get('image_token_index', config.get('image_token_id')), tower, config.get('prompt_style', ''))
     if tokenizer.image != model.image_id:
         raise SystemExit(f'error: {path}: {data.IMAGE} is token {tokenizer.image}, config.json says {model.image_id}')
     ours, theirs = {}, {}
@@ -1215,6 +1228,13 @@ class Run(clip_adv.Run):
         whole = self.sub == 'B' and not self.cfg.lora_r
         return {'model': {n: w for n, w in self.model.state_dict().items() if whole or not n.startswith('llm.') or 'lora_' in n},
                 'tower': {k: v for k, v in self.model.tower.items() if k != 'geometry'}, 'llm': self.model.fingerprint}
+
+    def save(self, step: int) -> None:
+        super().save(step)
+        new = self.out / NEW_LLM
+        if self.rank == 0 and new.exists():  # from now on the run in this folder is ours, and so is its LLM
+            shutil.rmtree(self.out / 'llm', ignore_errors=True)
+            new.rename(self.out / 'llm')
 
     def export(self, step: int) -> None:
         if step == self.steps:  # gigabytes, for a 7B model: once, at the end

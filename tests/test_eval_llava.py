@@ -74,6 +74,50 @@ def test_samples_leave_when_they_are_broken(whole, monkeypatch):
     assert model.worst(x, right, 8 / 255, 0., iterations=4)[1] == [1.] * 12 and sum(spent) == 12 * 3 * 5
 
 
+def test_what_is_watched(whole):
+    """Behind a text that the model would not have said, nothing is known of what it says."""
+    model = evaluation.Answerer(str(whole), CPU, 4, 12)
+
+    def watched(said, goal):
+        sample = data.Sample(None, *model.ids('what?', goal), 0)
+        mine = [token for token, label in zip(*model.ids('what?', said)) if label]
+        return model.watched('what?', said, sample), mine, sum(sample.labels)
+    found, mine, n = watched('a red circle', 'a red circle')
+    assert found == mine and len(mine) == n > 2
+    found, mine, n = watched('a red circle', 'a blue box')
+    shared = next(k for k, token in enumerate(found) if token < 0)
+    assert found[:shared] == mine[:shared] and 1 < shared < n and set(found[shared:]) == {-1}
+    found, mine, n = watched('a red', 'a red circle')  # it ends where the goal goes on
+    assert found[:len(mine)] == mine and set(found[len(mine):]) == {-1} and mine[-1] == model.tokenizer.eos
+
+
+def test_again_goes_on_from_the_first_of_equals_and_own_answers_are_left_too(whole, monkeypatch):
+    """None of the rounds breaks it: `again` drives the first reference's image on. What it says is a round where no reference is that."""
+    model = evaluation.Answerer(str(whole), CPU, 4, 12)
+    x, asked = asked_of(model, 1)
+    said, goals = model.answer(x, [asked[0].question])[0], []
+    monkeypatch.setattr(attacks, 'apgd', lambda loss, x, eps, start, *a, **k: goals.append(start.clone()) or
+                        attacks.Found((start + .01).clamp(0, 1), torch.tensor([False]), torch.tensor([1]), torch.tensor([len(goals) * 1.])))
+    rounds = [('away', 'red'), ('away', 'blue'), ('away', None), ('again', ''), ('towards', 'maybe')]
+    model.worst(x, [evaluation.dataclasses.replace(asked[0], rounds=rounds, score=lambda text: 1.)], .1, 0.)
+    assert len(goals) == 5 and torch.equal(goals[3], (x + .01).clamp(0, 1)) and torch.equal(goals[4], x)
+    goals.clear()
+    model.worst(x, [evaluation.dataclasses.replace(asked[0], rounds=[('away', said), *rounds[2:]], score=lambda text: 1.)], .1, 0.)
+    assert len(goals) == 3
+
+
+def test_a_sure_answer_still_has_a_gradient(whole):
+    """Where float32's softmax is exactly 1."""
+    model = evaluation.Answerer(str(whole), CPU, 4, 12)
+    x, asked = asked_of(model, 4)
+    model.model.llm.lm_head.weight = torch.nn.Parameter(model.model.llm.lm_head.weight * 3000, requires_grad=False)
+    says = model.answer(x, [a.question for a in asked])
+    asked = [evaluation.dataclasses.replace(a, rounds=[('away', said)], score=lambda text, said=said: float(text == said)) for a, said in zip(asked, says)]
+    _, _, images = model.worst(x, asked, 8 / 255, 0., iterations=2, early=False)
+    moved = [not torch.equal(a, b) for a, b in zip(images, x)]
+    assert all(moved)
+
+
 def test_towards(whole):
     """A sentence that a model without robustness can be made to say; success is what is in the answer."""
     model = evaluation.Answerer(str(whole), CPU, 1, 12)
@@ -117,7 +161,7 @@ def test_pope_command(whole, tmp_path, capsys):
         assert {k: row[f'clean_{k}'] if eps == '0' else row[f'adv_{k}'][eps] for k in found} == pytest.approx(found)
 
 
-def test_caption_command(whole, tmp_path, capsys):
+def test_caption_command(whole, parts, tmp_path, capsys):
     common = ['caption', whole, '--split', 'val', '--n', 4, '--eps', 16, '--iterations', 2]
     assert run(*common, '--json', tmp_path / 'a.json') == 0
     assert 'a reference of the image' in capsys.readouterr().out
@@ -129,6 +173,9 @@ def test_caption_command(whole, tmp_path, capsys):
     rates = json.loads((tmp_path / 'b.json').read_text())['results'][0]['success']
     assert set(rates) == {'a red circle', 'stocks'} and all(0 <= v <= 1 for of in rates.values() for v in of.values())
     assert Image.open(tmp_path / 'g.png').width > 600
+    capsys.readouterr()
+    assert run('caption', parts['llm'], whole, *common[2:], '--targeted', 'a red circle', '--grid', tmp_path / 'g.png') == 0
+    assert capsys.readouterr().out.splitlines()[-2].rstrip(' |').endswith('–')
 
 
 def test_sqa_command(whole, tmp_path, capsys):

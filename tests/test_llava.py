@@ -366,11 +366,29 @@ def test_prompts_and_what_is_supervised():
                          "{% if add_generation_prompt %}<|assistant|>\n{% endif %}")
     assert read('chat')[1] == 'red</s>yes</s>'
     tok.chat_template = "{{ raise_exception('no') }}"
-    with pytest.raises(SystemExit, match='chat template of the LLM: no'):
+    with pytest.raises(SystemExit, match='chat template of the LLM: TemplateError: no; use --prompt v1'):
+        read('chat')
+    tok.chat_template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+    with pytest.raises(SystemExit, match="does not put its end-of-text token '</s>' behind an answer"):
         read('chat')
     tok.chat_template = None
     with pytest.raises(SystemExit, match='--prompt v1'):
         llava_adv.Prompt(tok, 'chat', 3, 99)
+
+
+def test_chat_templates_of_models_that_see():
+    """They take a list of images and texts; what a template shows of neither is an error and not an empty prompt."""
+    parts = ("{% for m in messages %}{{ m['role'] }}: {% for c in m['content'] | selectattr('type', 'equalto', 'image') %}<image>\n{% endfor %}"
+             "{% for c in m['content'] | selectattr('type', 'equalto', 'text') %}{{ c['text'] }}{% endfor %}{{ eos_token }}{% endfor %}"
+             "{% if add_generation_prompt %}assistant: {% endif %}")
+    tok = tokenizer()
+    tok.chat_template = parts
+    text = llava_adv.Prompt(tok, 'chat', 1, 99).text([('<image>\nwhat color?', 'red'), ('sure?', None)])
+    assert ''.join(t for t, _ in text) == 'user: <image>\nwhat color?</s>assistant: red</s>user: sure?</s>assistant: ' and ('red</s>', True) in text
+    tok = tokenizer()
+    tok.chat_template = "{% for m in messages %}{{ m['role'] }}{% endfor %}"
+    with pytest.raises(SystemExit, match='does not show what the user says'):
+        llava_adv.Prompt(tok, 'chat', 1, 99).text([('what?', 'red')])
 
 
 def test_a_prompt_to_continue_begins_like_the_training_text():

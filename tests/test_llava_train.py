@@ -188,6 +188,34 @@ def test_an_image_that_does_not_decode_is_named(parts, mixed, tmp_path):
         train(parts, **mixed | dict(out=tmp_path / 'run'))
 
 
+def test_the_tiny_llm_of_a_run_is_kept_until_the_next_one_has_a_checkpoint(parts, tmp_path, monkeypatch):
+    """--overwrite that dies early leaves the old run as it was, its language model included."""
+    settings = {k: v for k, v in parts.items() if k != 'llm'} | dict(out=tmp_path / 'run', steps_b=0)
+    train_llm = llava_adv.train_tiny_llm
+    monkeypatch.setattr(llava_adv, 'train_tiny_llm', lambda folder, cfg: train_llm(folder, cfg, steps=2))
+    train(settings)
+    llm = tmp_path / 'run' / 'llm' / 'model.safetensors'
+    before = llm.read_bytes()
+    monkeypatch.setattr(llava_adv, 'check_samples', lambda *a: sys.exit('stopped'))
+    with pytest.raises(SystemExit, match='stopped'):
+        train(settings, seed=1, overwrite=True)
+    assert llm.read_bytes() == before and (tmp_path / 'run' / 'new_llm').exists()
+    monkeypatch.undo()
+    monkeypatch.setattr(llava_adv, 'train_tiny_llm', lambda folder, cfg: pytest.fail('it is there already'))
+    train(settings, seed=1, overwrite=True)
+    assert llm.read_bytes() != before and not (tmp_path / 'run' / 'new_llm').exists()
+    train(settings, seed=1, steps_a=4, overwrite=True)  # other settings, the same language model
+
+
+def test_the_prompt_of_the_training_is_remembered(parts, tmp_path):
+    train(parts, out=tmp_path / 'run', prompt='v1', steps_b=1)
+    model, tok = llava_adv.load_llava(str(tmp_path / 'run'))
+    assert model.style == 'v1' and tok.chat_template  # which would be the default
+    import eval as evaluation
+    assert evaluation.Answerer(str(tmp_path / 'run'), torch.device('cpu'), 4, 4).prompt.style == 'v1'
+    assert evaluation.Answerer(str(tmp_path / 'run'), torch.device('cpu'), 4, 4, 'chat').prompt.style == 'chat'
+
+
 # ----------------------------------------------------------------------------------------------------------------- chat
 def test_chat(whole, tmp_path):
     Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / 'a.png')

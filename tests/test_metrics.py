@@ -57,6 +57,16 @@ def test_tokenise_caption():
 
 
 # ------------------------------------------------------------------------------------------------------- POPE, facts
+def test_option_letter():
+    said = {'B': 'B', ' (B)': 'B', 'B.': 'B', 'B. mammal': 'B', 'The answer is B.': 'B', 'Because': '', 'b': '', 'The answer is A. The answer is B.': '', '': '', 'A cat': ''}
+    assert {text: evaluation.option_letter(text) for text in said} == said
+
+
+def test_vqa_accuracy_of_few_references():
+    assert evaluation.vqa_accuracy('Red.', ['red', 'red']) == 1 and evaluation.vqa_accuracy('red', ['red'] * 3) == 1
+    assert evaluation.vqa_accuracy('red', ['red', 'blue']) == .5 and evaluation.vqa_accuracy('red', ['red'] + ['blue'] * 9) == pytest.approx(.3)
+
+
 def test_pope_scores():
     answers = ['Yes, there is.', 'No.', 'there is not. yes', 'yes', 'I cannot say', 'no']
     labels = ['yes', 'yes', 'no', 'no', 'no', 'no']
@@ -92,6 +102,9 @@ def test_vqa_files(tmp_path):
                                          ('a.json', '', tmp_path, 'neither VQAv2'), ('nowhere', '', tmp_path, 'cannot read')]:
         with pytest.raises(SystemExit, match=message):
             data.vqa_set(str(tmp_path / file), 'val', str(tmp_path / answers) if answers else '', str(root))
+    (tmp_path / 'b.json').write_text(json.dumps({'questions': asked['questions']}))
+    with pytest.raises(SystemExit, match='data_subtype'):
+        data.vqa_set(str(tmp_path / 'b.json'), 'val', str(tmp_path / 'a.json'), str(tmp_path))
     (tmp_path / 'a.json').write_text(json.dumps({'annotations': []}))
     with pytest.raises(SystemExit, match="question 7 .*has no answers in .*a.json"):
         data.vqa_set(str(tmp_path / 'q.json'), 'val', str(tmp_path / 'a.json'), str(tmp_path))
@@ -146,6 +159,7 @@ def test_scienceqa(tmp_path):
     (tmp_path / 'problems.json').write_text(json.dumps({'3': problem, '4': problem | {'image': None}}))
     (tmp_path / 'pid_splits.json').write_text(json.dumps({'test': ['3', '4']}))
     found, = data.sqa_set(str(tmp_path), 'test').questions
-    assert found.question == "Context: Look.\nWhich?\nA. x\nB. y\nAnswer with the option's letter from the given choices directly." and found.answers == ['B']
+    assert found.question == ("Context: Look.\nQuestion: Which?\nOptions: (A) x (B) y\nAnswer with the option's letter from the given choices "
+                              "directly.") and found.answers == ['B']
     with pytest.raises(SystemExit, match='--split val: .*has test'):
         data.sqa_set(str(tmp_path), 'val')

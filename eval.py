@@ -472,12 +472,13 @@ class Answerer:
         """
         texts = self.answer(x, [a.question for a in asked])
         scores, images = [a.score(t) for a, t in zip(asked, texts)], x.clone()
-        against = [('', '')] * len(asked)  # of the worst image so far, what it was driven away from: `again` goes on with it
+        against = [next((goal for goal in a.rounds if goal[0] == 'away'), ('', '')) for a in asked]  # what `again` drives the worst image away from
+        attacked: set[int] = set()
         kinds = [(number, kind) for number in range(max((len(a.rounds) for a in asked), default=0)) for kind in (('away',), ('again', 'towards'))]
         for number, kind in kinds:  # one kind at a time, so that a sample's precision does not depend on who is beside it
             rows = [i for i, a in enumerate(asked) if number < len(a.rounds) and a.rounds[number][0] in kind]
             over = len(rows)
-            rows = [i for i in rows if scores[i] > threshold and (against[i][0] or asked[i].rounds[number][0] != 'again')]
+            rows = [i for i in rows if scores[i] > threshold]
             goals = [against[i] if asked[i].rounds[number][0] == 'again' else asked[i].rounds[number] for i in rows]
             goals = [(way, texts[i] if text is None else text) for i, (way, text) in zip(rows, goals)]
             new = [n for n, i in enumerate(rows) if asked[i].rounds[number][1] is not None or goals[n] not in asked[i].rounds]
@@ -514,9 +515,12 @@ class Answerer:
             attacks.check(x[rows], found.images, eps)
             spoken = self.answer(found.images, [asked[i].question for i in rows])
             for n, (i, text) in enumerate(zip(rows, spoken)):
-                score, way = asked[i].score(text), goals[n][0]
-                if score < scores[i] or way == 'away' and not against[i][0]:  # of equals the first stays: the most frequent reference's
-                    scores[i], texts[i], images[i], against[i] = score, text, found.images[n], goals[n] if way == 'away' else ('', '')
+                score = asked[i].score(text)
+                if score < scores[i] or score == scores[i] and i not in attacked:  # of equals the first stays: the most frequent reference's
+                    scores[i], texts[i], images[i] = score, text, found.images[n]
+                    attacked.add(i)
+                    if goals[n][0] == 'away':
+                        against[i] = goals[n]
             tick(over)
         return texts, scores, images
 
@@ -540,7 +544,7 @@ def asked_and_attacked(args, rank: int, world: int, device: torch.device, asked:
                 texts, scores, worst = model.worst(x, pool, eps / 255, threshold, args.iterations, early, bar.update)
                 found[eps] |= {a.number: (t, s) for a, t, s in zip(pool, texts, scores)}
                 first.setdefault(eps, worst[0].cpu())
-                bar.update((rounds - max(len(a.rounds) for a in pool)) * len(pool))
+                bar.update(sum(rounds - len(a.rounds) for a in pool))
     parts = gather(found)
     return {eps: {n: v for part in parts for n, v in part[eps].items()} for eps in found}, first
 

@@ -106,6 +106,18 @@ def test_again_goes_on_from_the_first_of_equals_and_own_answers_are_left_too(who
     assert len(goals) == 3
 
 
+def test_a_round_that_helps_the_model_is_not_kept(whole, monkeypatch):
+    """An attack may raise a score, a caption's CIDEr, say: the worst image stays what it was."""
+    model = evaluation.Answerer(str(whole), CPU, 4, 12)
+    x, asked = asked_of(model, 1)
+    monkeypatch.setattr(attacks, 'apgd', lambda loss, x, eps, start, *a, **k:
+                        attacks.Found((start + .01).clamp(0, 1), torch.tensor([False]), torch.tensor([1]), torch.tensor([1.])))
+    scores = iter([.5, .8, .6, .5, .5])
+    asked[0] = evaluation.dataclasses.replace(asked[0], rounds=[('away', 'red'), ('away', 'blue'), ('again', ''), ('towards', 'maybe')], score=lambda text: next(scores))
+    _, found, images = model.worst(x, asked, .1, 0., early=False)
+    assert found == [.5] and torch.equal(images, (x + .01).clamp(0, 1))  # `again` is the first that does no harm: from the clean image
+
+
 def test_a_sure_answer_still_has_a_gradient(whole):
     """Where float32's softmax is exactly 1."""
     model = evaluation.Answerer(str(whole), CPU, 4, 12)

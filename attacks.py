@@ -55,6 +55,9 @@ def check(x: Tensor, x_adv: Tensor, eps: float) -> None:
                              f'must be float32 {tuple(x.shape)}')
     # one number decides, so that a GPU is waited for once; NaN fails every comparison, hence the "not"
     distance, below, above = torch.stack([(x_adv - x).abs().max(), -x_adv.min(), x_adv.max()]).tolist()
+    if distance != distance:
+        raise AssertionError('attack: pixels are not finite: the loss or its gradient is not a number (a learning rate that is too high, or a '
+                             'number format that overflows)')
     if not (distance <= eps + TOLERANCE and below <= 0 and above <= 1):
         raise AssertionError(f'attack: ‖δ‖∞ = {distance * 255:.4f}/255 with ε = {eps * 255:g}/255, '
                              f'pixels in [{-below:g}, {above:g}]; must be within the ball and within [0, 1]')

@@ -12,6 +12,7 @@ from PIL import Image
 from test_train import assert_same_state, quantities, relative, state
 
 import clip_adv
+import data
 import llava_adv
 
 SCRIPT, ONE_STEP = ROOT / 'llava_adv.py', ROOT / 'tests' / 'one_step.py'
@@ -205,6 +206,27 @@ def test_the_tiny_llm_of_a_run_is_kept_until_the_next_one_has_a_checkpoint(parts
     train(settings, seed=1, overwrite=True)
     assert llm.read_bytes() != before and not (tmp_path / 'run' / 'new_llm').exists()
     train(settings, seed=1, steps_a=4, overwrite=True)  # other settings, the same language model
+
+
+@pytest.mark.slow
+def test_the_tiny_llm_answers_from_a_description(tmp_path):
+    """Of the validation split, a caption in the image's place: “what” questions, yes/no as many of each, with and without negation."""
+    cfg = llava_adv.Config(out=str(tmp_path))
+    llava_adv.train_tiny_llm(tmp_path / 'llm', cfg)
+    llm, tok = llava_adv.load_llm(str(tmp_path / 'llm'), torch.float32)
+    prompt, (facts, _, _) = llava_adv.Prompt(tok, 'chat', 0, 999), data.easyvqa_split('val')
+    questions = data.vqa_set('easyvqa', 'val').questions
+    kinds = {'what': [q for q in questions if q.kind == 'what'], 'yes/no': data.balanced(questions)}
+    kinds['negated'] = [q for q in kinds['yes/no'] if ' not ' in q.question or ' no ' in q.question]
+    for kind, asked in kinds.items():
+        asked = [q for q in asked if int(q.image.stem) in facts]
+        said = [(f'{data.describe(*facts[int(q.image.stem)])[n % 5]}\n{q.question}', q.answers[0]) for n, q in enumerate(asked)]
+        batch = llava_adv.collate([data.Sample(None, *prompt.encode([turn]), 0) for turn in said], tok.pad)
+        with torch.no_grad():
+            wrong = llm.lm_head(llm(llm.model.embed_tokens(batch.ids))[batch.rows, batch.columns]).argmax(1) != batch.targets
+        right = torch.zeros(len(asked)).index_add(0, batch.rows, wrong.float()) == 0
+        print(f'{kind}: {100 * right.float().mean():.1f} % of {len(asked)}')
+        assert len(asked) > 200 and right.float().mean() > .95, kind
 
 
 def test_the_prompt_of_the_training_is_remembered(parts, tmp_path):

@@ -172,8 +172,8 @@ class Attention(nn.Module):
         mask = None
         if cache is not None:
             k, v, mask = cache.extend(self.layer, k, v)
-        elif start:  # the queries are the last T − start tokens
-            mask = torch.ones(q.shape[1], k.shape[1], dtype=torch.bool, device=x.device).tril(start)
+        if mask is None and q.shape[1] < k.shape[1]:  # the queries are the last tokens
+            mask = torch.ones(q.shape[1], k.shape[1], dtype=torch.bool, device=x.device).tril(k.shape[1] - q.shape[1])
         q, k, v = (z.transpose(1, 2) for z in (q, k, v))
         x = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=self.groups > 1)
         return self.o_proj(x.transpose(1, 2).flatten(2), keys, start)
@@ -232,7 +232,7 @@ class Llama(nn.Module):
         if self.cfg['tie_word_embeddings']:
             self.lm_head.weight = self.model.embed_tokens.weight
 
-    def forward(self, x: Tensor, start: int = 0, cache: 'Cache | None' = None, keys: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, start: int = 0, cache: 'Cache | Prefix | None' = None, keys: Tensor | None = None) -> Tensor:
         """Token embeddings [B, T, W] → what the head reads, [B, T − start, W].
 
         start: the first token that is asked for; the last layer computes no more than that. Sequences are padded on the right,
@@ -242,7 +242,7 @@ class Llama(nn.Module):
         *first, last = self.model.layers
         for layer in first:
             if self.checkpointing and torch.is_grad_enabled():
-                x = checkpoint(layer, x, rope, keys=keys, use_reentrant=False)
+                x = checkpoint(layer, x, rope, cache=cache, keys=keys, use_reentrant=False)
             else:
                 x = layer(x, rope, cache=cache, keys=keys)
         return self.model.norm(last(x, rope, start, cache, keys))
@@ -280,6 +280,27 @@ class Cache:
         """k, v: [B, T, heads, d] → (all keys, all values, mask [B, 1, T, L]: a token sees itself and what is before it)"""
         self.k[layer][self.rows, self.positions], self.v[layer][self.rows, self.positions] = k, v
         return self.k[layer], self.v[layer], (self.all <= self.positions[:, :, None])[:, None]
+
+
+class Prefix:
+    """Keys and values of what stands before the images, where no perturbation reaches: computed once for all steps of an attack."""
+
+    def __init__(self, llm: Llama, x: Tensor):
+        """x: embeddings [B, P, W]"""
+        self.k: list[Tensor] = []
+        self.v: list[Tensor] = []
+        self.length, self.positions = x.shape[1], torch.arange(x.shape[1], device=x.device)
+        llm(x, cache=self)
+
+    def after(self, tokens: int) -> 'Prefix':
+        self.positions = torch.arange(self.length, self.length + tokens, device=self.positions.device)
+        return self
+
+    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, None]:
+        if layer == len(self.k):  # the first pass
+            self.k.append(k), self.v.append(v)
+            return k, v, None
+        return torch.cat([self.k[layer], k], dim=1), torch.cat([self.v[layer], v], dim=1), None
 
 
 # ================================================================================================================ LLaVA
@@ -343,14 +364,25 @@ class LLaVA(nn.Module):
             x = x.index_put(torch.where(ids == self.image_id), z.flatten(0, 1).to(x.dtype))
         return x
 
-    def logits(self, images: Tensor, batch: Batch, keys: Tensor | None = None) -> Tensor:
+    @torch.no_grad()
+    def prefix(self, batch: Batch) -> Prefix | None:
+        """What the images cannot change, of samples that all have one; None where it is so short that it would not pay."""
+        length = min(int((batch.ids == self.image_id).int().argmax(1).min()), batch.start)
+        return Prefix(self.llm, self.llm.model.embed_tokens(batch.ids[:, :length])) if 8 * length >= batch.ids.shape[1] else None
+
+    def logits(self, images: Tensor, batch: Batch, keys: Tensor | None = None, prefix: Prefix | None = None) -> Tensor:
         """float32 [n, vocabulary], at the n supervised tokens; the head is the largest matrix and computed nowhere else"""
-        x = self.llm(self.embed(images, batch.ids), batch.start, keys=keys)
+        x = self.embed(images, batch.ids)
+        if prefix is None:
+            x = self.llm(x, batch.start, keys=keys)
+        else:
+            x = x[:, prefix.length:]
+            x = self.llm(x, batch.start - prefix.length, prefix.after(x.shape[1]))
         return self.llm.lm_head(x[batch.rows, batch.columns - batch.start]).float()
 
-    def forward(self, images: Tensor, batch: Batch, keys: Tensor | None = None) -> Tensor:
+    def forward(self, images: Tensor, batch: Batch, keys: Tensor | None = None, prefix: Prefix | None = None) -> Tensor:
         """→ float32 [b], each sample's sum of token cross-entropies"""
-        loss = F.cross_entropy(self.logits(images, batch, keys), batch.targets, reduction='none')
+        loss = F.cross_entropy(self.logits(images, batch, keys, prefix), batch.targets, reduction='none')
         if not len(images):  # text alone: projector and tower still take part, as DDP waits for their gradients on every rank
             loss = loss + 0 * sum(p.flatten()[0] for p in self.parameters() if p.requires_grad)
         return loss.new_zeros(len(batch.ids)).index_add(0, batch.rows, loss)
@@ -539,10 +571,12 @@ def main(cfg: Config, given: set[str] | None = None) -> None:
                 with clip_adv.frozen(model):
                     if pictured and cfg.eps:
                         shown = batch if len(pictured) == len(part) else collate(pictured, tokenizer.pad).to(device)
+                        with amp:
+                            prefix = model.prefix(shown)
 
                         def loss_of(images: Tensor) -> Tensor:
                             with amp:
-                                return model(images, shown).sum()
+                                return model(images, shown, prefix=prefix).sum()
                         noise = [data.generator(cfg.seed, f'start {sub}', s.number) for s in pictured]
                         eps, alpha = cfg.eps / 255, cfg.alpha / 255
                         x_adv = attacks.pgd(loss_of, x, eps, alpha, cfg.k, attacks.random_start(x, eps, noise))

@@ -227,6 +227,31 @@ def test_checkpointing_changes_nothing(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(*gradients))
 
 
+@pytest.mark.parametrize('kind, checkpointing', [('gqa', False), ('qwen2', True)])
+def test_what_stands_before_the_image_is_computed_once(tmp_path, kind, checkpointing):
+    """The attack's loss and gradient are the same; where the image comes late, only up to the first answer; a short prefix is not kept."""
+    model, tok = llava(tmp_path, kind)
+    model.requires_grad_(False)
+    model.llm.checkpointing = checkpointing
+    prompt = llava_adv.Prompt(tok, 'v1', model.image_tokens, 512)
+    late = data.Chat('an image', [('what is red?', 'circle'), ('<image>\nand this?', 'no')], '')
+    both = [s for s in samples(model, tok) if s.image is not None]
+    for chosen in (both, [*both, data.Sample(both[0].image, *prompt(late), 2)]):
+        batch = llava_adv.collate(chosen, tok.pad)
+        x = (batch.images.float() / 255).requires_grad_()
+        prefix = model.prefix(batch)
+        assert 20 < prefix.length <= min(batch.start, int((batch.ids == model.image_id).int().argmax(1).min())) and prefix.length == len(prefix.positions)
+        plain = model(x, batch)
+        expected, = torch.autograd.grad(plain.sum(), x)
+        for _ in range(2):  # a step of the attack, and the next
+            value = model(x, batch, prefix=prefix)
+            found, = torch.autograd.grad(value.sum(), x)
+            assert (value - plain).abs().max() <= 1e-5 * plain.abs().max() and (found - expected).abs().max() <= 1e-5 * expected.abs().max() > 0
+    tok.chat_template = data.SHORT_TEMPLATE
+    short = llava_adv.Prompt(tok, 'chat', model.image_tokens, 512)
+    assert model.prefix(llava_adv.collate([data.Sample(both[0].image, *short(data.Chat('x', [('<image>\n' + 9 * 'what color? ', 'no')], '')), 0)], tok.pad)) is None
+
+
 # ---------------------------------------------------------------------------------------------------- files of language models
 @pytest.mark.parametrize('how', ['sharded', 'bin', 'sharded bin'])
 def test_every_kind_of_weights(tmp_path, how):

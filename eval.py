@@ -590,7 +590,8 @@ def questions(args, rank: int, world: int, device: torch.device, found: data.Que
 def answer_attack_text(args) -> str:
     if args.attack == 'none':
         return 'no attack'
-    return f"ensemble: APGD {args.iterations} away from each distinct reference, again from the worst image, then targeted; l∞, ε in 1/255, at the model's resolution"
+    then = '' if args.command == 'caption' else ', then targeted'
+    return f"ensemble: APGD {args.iterations} away from each distinct reference, again from the worst image{then}; l∞, ε in 1/255, at the model's resolution"
 
 
 def vqa(args: argparse.Namespace, rank: int, world: int, device: torch.device) -> dict:

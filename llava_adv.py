@@ -835,6 +835,7 @@ def train_tiny_llm(folder: Path, cfg: Config, steps: int = 800, batch_size: int 
         return [ask.encode(described(chat, turns[i:i + cfg.turns], bare_too))[0] for chat, turns in kept for i in range(0, len(turns), cfg.turns)]
     early = texts(lambda chat: [turn for turn in chat.turns if not re.search(rf'\b(no|not)\b|{data.CAPTION_QUESTION}', turn[0])], bare_too=False)
     late = texts(lambda chat: chat.turns, bare_too=True)
+    early = early or late  # a file may have no such question
     captioning = [tokenizer.encode(f'{tokenizer.bos_token}{q}{a}\n')[0] for chat in pictured for q, a in described(chat, chat.turns, False)]
     colon = tokenizer.encode(' ASSISTANT:')[0][-1]
 

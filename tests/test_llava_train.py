@@ -208,6 +208,17 @@ def test_the_tiny_llm_of_a_run_is_kept_until_the_next_one_has_a_checkpoint(parts
     train(settings, seed=1, steps_a=4, overwrite=True)  # other settings, the same language model
 
 
+def test_a_tiny_llm_from_a_file_of_conversations(mixed, tmp_path):
+    """Some without an image, all with a negation: there is no easy part to begin with."""
+    rows = json.loads(mixed['data'].read_text())
+    for row in rows:
+        row['conversations'][0]['value'] = row['conversations'][0]['value'].replace('what is it', 'what is it not')
+    mixed['data'].write_text(json.dumps(rows))
+    llava_adv.train_tiny_llm(tmp_path / 'llm', llava_adv.Config(data=str(mixed['data']), image_root=str(tmp_path)), steps=2, batch_size=4)
+    llm, tok = llava_adv.load_llm(str(tmp_path / 'llm'), torch.float32)
+    assert llm.cfg['vocab_size'] >= tok.vocab_size
+
+
 @pytest.mark.slow
 def test_the_tiny_llm_answers_from_a_description(tmp_path):
     """Of the validation split, a caption in the image's place: “what” questions, yes/no as many of each, with and without negation."""

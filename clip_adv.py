@@ -13,6 +13,7 @@ Pixels are float32 in [0, 1] everywhere outside the image tower, ε and α are i
 import argparse
 import contextlib
 import dataclasses
+import hashlib
 import json
 import math
 import os
@@ -43,11 +44,11 @@ import data
 
 @dataclass
 class Config:
-    out: str = 'runs/clip_adv'    # run directory: checkpoints, log, and a model that open_clip opens
+    out: str = 'runs/clip_adv'    # run directory: checkpoints, log, and a model that open_clip and transformers open
     data: str = 'easyvqa'         # 'easyvqa', or a folder with metadata.jsonl (file_name, text)
     holdout: str = ''             # captions left out of training, e.g. 'red circle,blue triangle'
     workers: int = 0              # image-decoding processes per rank; 0: none of its own
-    init: str = ''                # start from the weights of this run directory (--size may differ)
+    init: str = ''                # start from these weights (--size may differ): a run, a CLIP of open_clip or Hugging Face, a repository id
     resume: bool = False          # continue the run in --out; start it where there is none
     overwrite: bool = False       # replace the run in --out, once the new one has a checkpoint
     seed: int = 0                 # of weights, order, augmentation and δ₀
@@ -70,8 +71,8 @@ class Config:
     text_layers: int = 2          # of the text tower
     text_heads: int = 2           # of the text tower
     context: int = 8              # tokens of a caption, start and end included; longer ones are cut
-    arch: str = ''                # an open_clip model configuration (JSON) instead, e.g. ViT-H-14-CLIPA-336.json
-    tokenizer: str = ''           # tokenizer.json or WordPiece vocab.txt; default: a BPE trained on the captions
+    arch: str = ''                # an open_clip model configuration (JSON) instead, e.g. ViT-H-14-CLIPA-336.json; also what a file in --init is
+    tokenizer: str = ''           # tokenizer.json or WordPiece vocab.txt; default: a BPE trained on the captions (with a file in --init: its own)
     vocab_size: int = 8192        # upper limit for that BPE
     # optimisation
     batch_size: int = 32          # global: of all processes together
@@ -158,8 +159,8 @@ class ViT(nn.Module):
         width, ln_eps = cfg['width'], (cfg['norm_kwargs'] or {}).get('eps', 1e-5)
         self.patch, self.pool, self.ln_after_pool = cfg['patch_size'], cfg['pool_type'], cfg['final_ln_after_pool']
         self.size = cfg['image_size']
-        self.register_buffer('mean', torch.tensor(mean).view(3, 1, 1), persistent=False)
-        self.register_buffer('std', torch.tensor(std).view(3, 1, 1), persistent=False)
+        self.register_buffer('mean', torch.tensor(mean, device='cpu').view(3, 1, 1), persistent=False)  # real where the weights are on 'meta'
+        self.register_buffer('std', torch.tensor(std, device='cpu').view(3, 1, 1), persistent=False)
         self.conv1 = nn.Conv2d(3, width, self.patch, self.patch, bias=False)  # the name and the shape; see embed
         self.class_embedding = nn.Parameter(width ** -0.5 * torch.randn(width))
         self.positional_embedding = nn.Parameter(width ** -0.5 * torch.randn((self.size // self.patch) ** 2 + 1, width))
@@ -398,7 +399,9 @@ def main(cfg: Config, given: set[str] | None = None) -> None:
                     attack_ms=attack_ms, train_ms=train_ms)
         run.save_or_leave(step + 1, (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps, bar, world, device)
     bar.close()
-    run.finish(f'{cfg.out} opens in open_clip as local-dir:{cfg.out}; measure it with: python eval.py zeroshot {cfg.out}')
+    wrong = not_in_hf(complete(model.model_cfg, {})[0] | {'preprocess_cfg': model.preprocess_cfg}, tokenizer)
+    run.finish(f'{cfg.out} opens in open_clip as local-dir:{cfg.out}' + (f' (but not in transformers, whose CLIPModel cannot be this model: {"; ".join(wrong)})'
+               if wrong else f' and in transformers as {cfg.out}') + f'; measure it with: python eval.py zeroshot {cfg.out}')
 
 
 # ====================================================================================================================
@@ -410,18 +413,18 @@ VISION = dict(image_size=224, patch_size=16, width=768, layers=12, head_width=64
               pool_type='tok', final_ln_after_pool=False, act_kwargs=None, norm_kwargs=None)
 TEXT = dict(context_length=77, vocab_size=49408, width=512, heads=8, layers=12, mlp_ratio=4.0, no_causal_mask=False,
             pool_type='argmax', eos_id=2, act_kwargs=None, norm_kwargs=None,
-            hf_tokenizer_name=None, tokenizer_mode=None, tokenizer_kwargs=None)  # these three: which tokenizer, not which tower
+            hf_tokenizer_name=None, tokenizer_mode=None, tokenizer_kwargs=None, vocab_path=None)  # these four: which tokenizer, not which tower
 PREPROCESS = dict(size=None, mode='RGB', mean=[0.48145466, 0.4578275, 0.40821073], std=[0.26862954, 0.26130258, 0.27577711],
                   interpolation='bicubic', resize_mode='shortest', fill_color=0)
 OUR_PREPROCESS = dict(mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225], interpolation='bilinear',
                       resize_mode='shortest')  # ΔCLIP's: ImageNet's mean and std
 
 
-def complete(model_cfg: dict, preprocess_cfg: dict) -> tuple[dict, dict]:
-    """open_clip's configuration with its defaults filled in. A key or a value that we would not obey is an error."""
+def complete(model_cfg: dict, preprocess_cfg: dict, place: str = '') -> tuple[dict, dict]:
+    """open_clip's configuration with its defaults filled in. A key or a value that we would not obey is an error.   place: where it lies, for that"""
     def fill(given: dict, defaults: dict, where: str) -> dict:
         if unknown := sorted(set(given) - set(defaults)):
-            raise SystemExit(f'error: {where}: unknown key {", ".join(unknown)}; supported: {", ".join(defaults)}')
+            raise SystemExit(f'error: {place}{": " * bool(place)}{where}: unknown key {", ".join(unknown)}; supported: {", ".join(defaults)}')
         return {**defaults, **given}
     cfg = fill(model_cfg, dict(embed_dim=512, vision_cfg={}, text_cfg={}, quick_gelu=False), 'model_cfg')
     cfg['vision_cfg'] = fill(cfg['vision_cfg'], VISION, 'vision_cfg')
@@ -463,10 +466,9 @@ def build(cfg: Config, given: set[str] | None, pairs: data.Pairs, state: dict | 
     if state is not None:
         model = create(state['model_cfg'], state['preprocess_cfg'])
         load_weights(model, state['model'], f'{cfg.out}/train_state.pt')
-        text_cfg = state['model_cfg']['text_cfg']
-        return model, data.tokenizer_from_text(state['tokenizer'], text_cfg['context_length'], text_cfg.get('tokenizer_mode'))
+        return model, data.tokenizer_from_text(state['tokenizer'], complete(state['model_cfg'], {})[0]['text_cfg'])
     if cfg.init:
-        model, tokenizer = load_clip(cfg.init, size=cfg.size if 'size' in typed(cfg, given) else None)
+        model, tokenizer = load_clip(cfg.init, cfg.size if 'size' in typed(cfg, given) else None, cfg.arch, cfg.tokenizer, '--init')
         v, t = (complete(model.model_cfg, {})[0][f'{n}_cfg'] for n in ('vision', 'text'))
         theirs = dict(patch=v['patch_size'], width=v['width'], layers=v['layers'], head_width=v['head_width'],
                       embed_dim=model.model_cfg['embed_dim'], text_width=t['width'], text_layers=t['layers'],
@@ -476,19 +478,16 @@ def build(cfg: Config, given: set[str] | None, pairs: data.Pairs, state: dict | 
                 raise SystemExit(f'error: --init {cfg.init} is of another architecture: its {name} is {value}, '
                                  f'--{name} says {getattr(cfg, name)}; leave the flag out (only --size may differ)')
         return model, tokenizer
-    arch = data.read_json(Path(cfg.arch), '--arch') if cfg.arch else {}
-    model_cfg = arch.get('model_cfg', arch)
+    model_cfg = read_arch(cfg.arch)['model_cfg'] if cfg.arch else {}
     context = cfg.context
     if cfg.arch:  # its own size and context length, unless the flags say otherwise
-        if missing := {'vision_cfg', 'text_cfg'} - set(model_cfg):
-            raise SystemExit(f'error: --arch {cfg.arch}: no {", ".join(sorted(missing))}; expected a model configuration of open_clip')
         if 'size' in typed(cfg, given):
             model_cfg['vision_cfg']['image_size'] = cfg.size
         if 'context' not in typed(cfg, given):
             context = complete(model_cfg, {})[0]['text_cfg']['context_length']
         model_cfg['text_cfg']['context_length'] = context
     if cfg.tokenizer:
-        tokenizer = data.read_tokenizer(cfg.tokenizer, context)
+        tokenizer = data.read_tokenizer(cfg.tokenizer, context, pool=complete(model_cfg, {})[0]['text_cfg']['pool_type'])
     else:
         tokenizer = data.train_tokenizer(pairs.captions, context, cfg.vocab_size)
     if not cfg.arch:
@@ -499,53 +498,145 @@ def build(cfg: Config, given: set[str] | None, pairs: data.Pairs, state: dict | 
             text_cfg=dict(context_length=context, width=cfg.text_width, heads=cfg.text_heads, layers=cfg.text_layers))
         if tokenizer.mode == 'clips':  # the last token is always [CLS], and only without a causal mask it is of any use
             model_cfg['text_cfg'] |= dict(pool_type='last', no_causal_mask=True)
-    # any non-empty name makes open_clip read the tokenizer that lies in the directory
-    model_cfg['text_cfg'] |= dict(vocab_size=tokenizer.vocab_size, hf_tokenizer_name='tokenizer.json')
-    if tokenizer.mode == 'clips':
-        model_cfg['text_cfg'] |= dict(tokenizer_mode='clips')
+    model_cfg['text_cfg'] = own_tokenizer(model_cfg['text_cfg'], tokenizer) | dict(vocab_size=tokenizer.vocab_size)
     return create(model_cfg, OUR_PREPROCESS, cfg.seed), tokenizer
 
 
 # ------------------------------------------------------------------------------------------------- loading and saving
-def load_clip(path: str | os.PathLike, size: int | None = None) -> tuple[CLIP, data.Tokenizer]:
-    """A run directory (or any open_clip directory of this kind) → (model in eval mode, tokenizer).
+def load_clip(path: str | os.PathLike, size: int | None = None, arch: str = '', tokenizer: str = '', what: str = '') -> tuple[CLIP, data.Tokenizer]:
+    """A CLIP, from wherever it comes → (model in eval mode, tokenizer).
 
-    size: interpolates the position embedding to images of this side.
+    path: a run directory; an open_clip directory; a file of open_clip's weights (.safetensors, .bin, .pt) beside an open_clip_config.json; a
+    Hugging Face directory of a CLIPModel; or a repository id of the hub.  size: interpolates the position embedding to images of this side.
+    arch, tokenizer: what a file of weights is, where no open_clip_config.json lies beside it.  what: the flag that named it, for errors.
     """
-    path = Path(path)
-    config = data.read_json(path / 'open_clip_config.json', f'{path} is no run of clip_adv.py')
-    for part in ('model_cfg', 'preprocess_cfg'):
-        if part not in config:
-            raise SystemExit(f'error: {path}/open_clip_config.json has no "{part}"')
-    try:
-        from safetensors.torch import load_file
-        weights = load_file(path / EXPORT)
-    except Exception as e:
-        raise SystemExit(f'error: cannot read {path}/{EXPORT}: {e}') from None
-    vision = config['model_cfg']['vision_cfg']
+    if str(path) == Config.out and not Path(path).exists():
+        raise SystemExit(f'error: {what} {path}: no such directory; make it first: python clip_adv.py'.replace(':  ', ': '))
+    place = data.locate(path, what)
+    folder = place if place.is_dir() else place.parent
+    if (folder / 'open_clip_config.json').is_file():
+        if arch or tokenizer:
+            raise SystemExit(f'error: --arch and --tokenizer say what a file of weights is, but {folder}/open_clip_config.json says it already: leave them out')
+        config, names = data.read_json(folder / 'open_clip_config.json', str(path)), None
+        for part in ('model_cfg', 'preprocess_cfg'):
+            if part not in config:
+                raise SystemExit(f'error: {folder}/open_clip_config.json has no "{part}"')
+    elif place.is_file():
+        if not arch:
+            raise SystemExit(f'error: {path}: no open_clip_config.json beside it, so that it is not known what the weights are of: '
+                             f'name open_clip\'s model configuration, --arch FILE.json (or its name, with open_clip installed)')
+        config, names = read_arch(arch), None
+    elif model_type(place) == 'clip':
+        config, names = from_hf_config(place), to_hf
+    else:
+        kind = model_type(place)
+        raise SystemExit(f'error: {path} is no CLIP: no open_clip_config.json, and ' + (
+            f'config.json says {kind!r}' + ' (a LLaVA: what is in it is not a whole CLIP)' * (kind == 'llava') if kind else 'no config.json whose model_type is clip'))
+    whole, preprocess = complete(config['model_cfg'], config['preprocess_cfg'], str(folder))
+    with torch.device('meta'):
+        shapes = {name: w.shape for name, w in CLIP(config['model_cfg'], preprocess).state_dict().items()}
+    weights = dict(stored(place, OPEN_CLIP_FILES if names is None else HF_FILES))
+    if weights.get('logit_scale') is not None:
+        weights['logit_scale'] = weights['logit_scale'].reshape(())  # some have it as a vector of one
+    where = str(place)
+    weights = fitting(weights, shapes, where) if names is None else from_hf(weights, shapes, where)
+    vision, text = whole['vision_cfg'], whole['text_cfg']
+    tokens = data.read_tokenizer(tokenizer, text['context_length'], data.tokenizer_mode(text), text['pool_type']) if tokenizer else data.tokenizer_of(folder, text)
+    if tokens.vocab_size > text['vocab_size'] or text['pool_type'] == 'eos' and tokens.eos != text['eos_id']:
+        raise SystemExit(f'error: {path}: the tokenizer has {tokens.vocab_size} ids and ends a text with {tokens.eos}; the model has {text["vocab_size"]}'
+                         + f' and looks for {text["eos_id"]}' * (text['pool_type'] == 'eos'))
+    model_cfg = {**config['model_cfg'], 'vision_cfg': dict(config['model_cfg']['vision_cfg']), 'text_cfg': own_tokenizer(config['model_cfg']['text_cfg'], tokens)}
     if size is not None and size != vision['image_size']:
-        vision['image_size'] = size
-        config['preprocess_cfg'].pop('size', None)
-        complete(config['model_cfg'], config['preprocess_cfg'])
-        weights['visual.positional_embedding'] = resize_positions(weights['visual.positional_embedding'],
-                                                                  size // vision['patch_size'])
-    model = create(config['model_cfg'], config['preprocess_cfg'])
-    load_weights(model, weights, f'{path}/{EXPORT}')
-    text = config['model_cfg']['text_cfg']
-    tokenizer = data.read_tokenizer(path / 'tokenizer.json', text['context_length'], text.get('tokenizer_mode') or 'eot')
-    return model.eval(), tokenizer
+        model_cfg['vision_cfg']['image_size'], preprocess['size'] = size, None
+        complete(model_cfg, preprocess)
+        weights['visual.positional_embedding'] = resize_positions(weights['visual.positional_embedding'], size // vision['patch_size'])
+    with torch.device('meta'):  # no first weights are drawn, and none are held twice
+        model = CLIP(model_cfg, preprocess)
+    model.load_state_dict({name: torch.empty(w.shape).copy_(weights.pop(name)) for name, w in model.state_dict().items()}, assign=True)
+    return model.eval(), tokens
+
+
+OPEN_CLIP_FILES = [(None, name) for name in ('open_clip_model.safetensors', 'open_clip_pytorch_model.safetensors', 'open_clip_pytorch_model.bin',
+                                             'model.safetensors', 'pytorch_model.bin')]  # in open_clip's order
+HF_FILES = [('model.safetensors.index.json', 'model.safetensors'), ('pytorch_model.bin.index.json', 'pytorch_model.bin')]  # shards' index, single file
+
+
+def model_type(place: Path) -> str | None:
+    """What the config.json of a Hugging Face directory says that it is."""
+    try:
+        return json.loads((place / 'config.json').read_text(encoding='utf-8')).get('model_type')
+    except (OSError, ValueError, AttributeError):
+        return None
+
+
+def read_arch(arch: str) -> dict:
+    """{'model_cfg', 'preprocess_cfg'} of a model configuration of open_clip: a JSON file, or its name where open_clip is installed."""
+    import importlib.util
+    file, found = Path(arch), importlib.util.find_spec('open_clip')
+    if not file.is_file() and found and (known := Path(found.origin).parent / 'model_configs' / f'{arch.replace("/", "-")}.json').is_file():
+        file = known
+    config = data.read_json(file, '--arch')
+    config = config if 'model_cfg' in config else {'model_cfg': config}
+    if missing := {'vision_cfg', 'text_cfg'} - set(config['model_cfg']):
+        raise SystemExit(f'error: --arch {arch}: no {", ".join(sorted(missing))}; expected a model configuration of open_clip')
+    return {'preprocess_cfg': {}, **config}
+
+
+def own_tokenizer(text_cfg: dict, tokenizer: data.Tokenizer) -> dict:
+    """text_cfg of a directory that the tokenizer will lie in: any non-empty name makes open_clip read it from there."""
+    kept = {k: v for k, v in text_cfg.items() if k not in ('vocab_path', 'tokenizer_mode', 'tokenizer_kwargs')}
+    layout = {'eot': {}, 'clips': {'tokenizer_mode': 'clips'}, 'strip_sep_token': {'tokenizer_kwargs': {'strip_sep_token': True}}}
+    return kept | {'hf_tokenizer_name': 'tokenizer.json'} | layout[tokenizer.mode]
+
+
+def stored(place: Path, names: list[tuple[str | None, str]]):
+    """Yields (name, tensor) of a weights file, or of a directory's, one at a time.   names: (index of shards or None, file), the first that exists"""
+    files = [place] if place.is_file() else []
+    for index, single in names:
+        if not files and index and (place / index).is_file():
+            files = sorted({place / name for name in data.read_json(place / index, str(place)).get('weight_map', {}).values()})
+        elif not files and (place / single).is_file():
+            files = [place / single]
+    if not files:
+        raise SystemExit(f'error: {place} has no weights: none of {", ".join(single for _, single in names)}' + ', whole or in shards with an index' * bool(names[0][0]))
+    for file in files:
+        try:
+            if file.suffix == '.safetensors':
+                from safetensors import safe_open
+                with safe_open(file, 'pt') as tensors:
+                    for name in tensors.keys():
+                        yield name, tensors.get_tensor(name)
+            else:  # weights_only: no code in the file is run
+                try:
+                    tensors = torch.load(file, map_location='cpu', weights_only=True, mmap=True)
+                except RuntimeError as e:  # not a zip file: the legacy kind
+                    if 'TorchScript' in str(e):
+                        raise ValueError('it is a program (TorchScript), as OpenAI published its models first, and running it is not safe; the same '
+                                         'weights are on the hub as openai/clip-vit-…') from None
+                    tensors = torch.load(file, map_location='cpu', weights_only=True)
+                tensors = tensors.get('state_dict', tensors)  # a training checkpoint of open_clip
+                for name, w in tensors.items():
+                    yield name.removeprefix('module.'), w
+        except SystemExit:
+            raise
+        except Exception as e:
+            raise SystemExit(f'error: cannot read {file}: {type(e).__name__}: {str(e)[:300]}') from None
 
 
 def load_weights(model: nn.Module, weights: dict[str, Tensor], where: str) -> None:
     """Strict: a weight that is missing, surplus or of another shape is an error that lists names and shapes."""
-    ours = {name: tuple(w.shape) for name, w in model.state_dict().items()}
-    theirs = {name: tuple(w.shape) for name, w in weights.items()}
+    model.load_state_dict(fitting(weights, {name: w.shape for name, w in model.state_dict().items()}, where))
+
+
+def fitting(weights: dict[str, Tensor], shapes: dict[str, torch.Size], where: str) -> dict[str, Tensor]:
+    """The weights, if they are those and no others; else the error that load_weights promises."""
+    ours, theirs = ({name: tuple(shape) for name, shape in of.items()} for of in (shapes, {name: w.shape for name, w in weights.items()}))
     wrong = [f'{n}: missing, {s} expected' for n, s in ours.items() if n not in theirs]
     wrong += [f'{n}: surplus, {s}' for n, s in theirs.items() if n not in ours]
     wrong += [f'{n}: {theirs[n]}, {s} expected' for n, s in ours.items() if n in theirs and theirs[n] != s]
     if wrong:
         raise SystemExit(f'error: {where} is of another architecture:\n  ' + '\n  '.join(wrong))
-    model.load_state_dict(weights)
+    return weights
 
 
 def resize_positions(positions: Tensor, grid: int) -> Tensor:
@@ -557,7 +648,7 @@ def resize_positions(positions: Tensor, grid: int) -> Tensor:
 
 
 def export(model: CLIP, tokenizer: data.Tokenizer, out: Path) -> None:
-    """Writes what open_clip (`local-dir:RUN`) and load_clip read."""
+    """Writes what open_clip (`local-dir:RUN`) and load_clip read; and, where Hugging Face's CLIP can be this model, what transformers reads."""
     from safetensors.torch import save_file
     weights = {name: w.detach().cpu().contiguous() for name, w in model.state_dict().items()}
     config = {'model_cfg': model.model_cfg,
@@ -566,8 +657,168 @@ def export(model: CLIP, tokenizer: data.Tokenizer, out: Path) -> None:
     for name, text in files.items():
         write(out / name, lambda file: file.write_text(text, encoding='utf-8'))
     write(out / EXPORT, lambda file: save_file(weights, file, metadata={'format': 'pt'}))
+    whole = complete(model.model_cfg, model.preprocess_cfg)[0] | {'preprocess_cfg': model.preprocess_cfg}
+    (out / 'config.json').unlink(missing_ok=True)  # it comes back last: where it is, the rest is there and belongs to it
+    if not_in_hf(whole, tokenizer):
+        return
+    renamed = {n: t.contiguous() for name, w in weights.items() for n, t in to_hf(name, w)}
+    write(out / 'model.safetensors', lambda file: save_file(renamed, file, metadata={'format': 'pt'}))
+    for name, content in (('preprocessor_config.json', hf_preprocessor(model.preprocess_cfg, model.visual.size, 'CLIPProcessor')),
+                          ('config.json', hf_config(whole, tokenizer))):
+        write(out / name, lambda file: file.write_text(json.dumps(content, indent=2), encoding='utf-8'))
 
 
+# ------------------------------------------------------------------------------------------------- Hugging Face's CLIPModel
+BLOCK_NAMES = {'ln_1': 'layer_norm1', 'ln_2': 'layer_norm2', 'attn.out_proj': 'self_attn.out_proj', 'mlp.c_fc': 'mlp.fc1', 'mlp.c_proj': 'mlp.fc2'}
+OTHER_NAMES = {'class_embedding': 'embeddings.class_embedding', 'conv1.weight': 'embeddings.patch_embedding.weight', 'ln_pre': 'pre_layrnorm',  # (sic)
+               'ln_post': 'post_layernorm', 'token_embedding.weight': 'embeddings.token_embedding.weight',
+               'positional_embedding': 'embeddings.position_embedding.weight', 'ln_final': 'final_layer_norm'}
+PROJECTIONS = {'visual.proj': 'visual_projection.weight', 'text_projection': 'text_projection.weight'}  # transposed
+
+
+def to_hf(name: str, w: Tensor) -> list[tuple[str, Tensor]]:
+    """A weight of CLIP as CLIPModel has it: [(name, tensor)]; three for q, k and v, which are one matrix here."""
+    if name == 'logit_scale':
+        return [(name, w)]
+    if name in PROJECTIONS:
+        return [(PROJECTIONS[name], w.T)]
+    tower = 'vision_model' if name.startswith('visual.') else 'text_model'
+    name = name.removeprefix('visual.')
+    if not name.startswith('transformer.resblocks.'):
+        known = next(k for k in OTHER_NAMES if name == k or name.startswith(k + '.'))
+        return [(f'{tower}.{OTHER_NAMES[known]}{name[len(known):]}', w)]
+    _, _, layer, rest = name.split('.', 3)
+    stem = f'{tower}.encoder.layers.{layer}.'
+    if rest.startswith('attn.in_proj_'):
+        return [(f'{stem}self_attn.{part}_proj.{rest.removeprefix("attn.in_proj_")}', of_part) for part, of_part in zip('qkv', w.chunk(3))]
+    part, _, leaf = rest.rpartition('.')
+    return [(f'{stem}{BLOCK_NAMES[part]}.{leaf}', w)]
+
+
+def from_hf(weights: dict[str, Tensor], shapes: dict[str, torch.Size], where: str) -> dict[str, Tensor]:
+    """CLIPModel's weights under the names of CLIP, whose shapes are given. Strict, as load_weights is."""
+    parts = {name: to_hf(name, torch.empty(shape, device='meta')) for name, shape in shapes.items()}
+    weights = {n: w for n, w in weights.items() if not n.endswith('.position_ids')}  # older versions saved 0, 1, 2, … as well
+    fitting(weights, {n: t.shape for of in parts.values() for n, t in of}, where)
+    whole = {name: torch.cat([weights[n] for n, _ in of]) if len(of) > 1 else weights[of[0][0]] for name, of in parts.items()}
+    return {name: w.T if name in PROJECTIONS else w for name, w in whole.items()}
+
+
+def hidden_act(tower_cfg: dict, quick_gelu: bool) -> str | None:
+    """Hugging Face's name of the activation; None if it has none."""
+    return 'quick_gelu' if quick_gelu else {'none': 'gelu', 'tanh': 'gelu_pytorch_tanh'}.get((tower_cfg['act_kwargs'] or {}).get('approximate', 'none'))
+
+
+def vision_not_in_hf(whole: dict) -> list[str]:
+    """What keeps Hugging Face's CLIPVisionModel from being this image tower, as far as its blocks."""
+    v = whole['vision_cfg']
+    return ['the image tower has no LayerNorm before its blocks'] * v['no_ln_pre'] + [
+        f'its activation is {v["act_kwargs"]}'] * (hidden_act(v, whole['quick_gelu']) is None) + ['images are padded'] * (whole['preprocess_cfg']['resize_mode'] == 'longest')
+
+
+def not_in_hf(whole: dict, tokenizer: data.Tokenizer) -> list[str]:
+    """What keeps Hugging Face's CLIPModel from being this CLIP; nothing: it can be.   whole: see complete; 'preprocess_cfg' in it"""
+    v, t = whole['vision_cfg'], whole['text_cfg']
+    eos = t['eos_id'] if t['pool_type'] == 'eos' else tokenizer.eos
+    return vision_not_in_hf(whole) + ['its patches are averaged'] * (v['pool_type'] == 'avg') + ['the text tower has no causal mask'] * t['no_causal_mask'] + [
+        f'the text is pooled at the {t["pool_type"]} token'] * (t['pool_type'] in ('first', 'last')) + [
+        f'the activation of the text tower is {t["act_kwargs"]}'] * (hidden_act(t, whole['quick_gelu']) is None) + [
+        'the end of the text has the id 2, which means something else there'] * (eos == 2)
+
+
+def hf_vision(whole: dict) -> dict:
+    """vision_config of a CLIPModel, or of a LLaVA."""
+    v = whole['vision_cfg']
+    return {'model_type': 'clip_vision_model', 'hidden_size': v['width'], 'intermediate_size': int(v['width'] * v['mlp_ratio']), 'num_hidden_layers': v['layers'],
+            'num_attention_heads': v['width'] // v['head_width'], 'image_size': v['image_size'], 'patch_size': v['patch_size'], 'num_channels': 3,
+            'hidden_act': hidden_act(v, whole['quick_gelu']), 'projection_dim': whole['embed_dim'], 'layer_norm_eps': (v['norm_kwargs'] or {}).get('eps', 1e-5)}
+
+
+def hf_config(whole: dict, tokenizer: data.Tokenizer) -> dict:
+    """config.json of a CLIPModel."""
+    t = whole['text_cfg']
+    text = {'model_type': 'clip_text_model', 'hidden_size': t['width'], 'intermediate_size': int(t['width'] * t['mlp_ratio']), 'num_hidden_layers': t['layers'],
+            'num_attention_heads': t['heads'], 'max_position_embeddings': t['context_length'], 'vocab_size': t['vocab_size'],
+            'hidden_act': hidden_act(t, whole['quick_gelu']), 'projection_dim': whole['embed_dim'], 'layer_norm_eps': (t['norm_kwargs'] or {}).get('eps', 1e-5),
+            'bos_token_id': tokenizer.bos, 'pad_token_id': tokenizer.pad,
+            'eos_token_id': t['eos_id'] if t['pool_type'] == 'eos' else tokenizer.eos}  # never 2, which switches to an older kind of pooling
+    return {'architectures': ['CLIPModel'], 'model_type': 'clip', 'projection_dim': whole['embed_dim'], 'text_config': text, 'vision_config': hf_vision(whole),
+            'dtype': 'float32'}
+
+
+def hf_preprocessor(how: dict, size: int, processor: str, pad: bool = False) -> dict:
+    """preprocessor_config.json.   how: preprocess_cfg.  pad: to a square with the mean colour first, as LLaVA 1.5 does"""
+    squash, square = how['resize_mode'] == 'squash', {'height': size, 'width': size}
+    return {'image_processor_type': 'LlavaImageProcessor' if pad else 'CLIPImageProcessor', **({'do_pad': True} if pad else {}), 'processor_class': processor,
+            'do_convert_rgb': True, 'do_resize': True, 'size': square if squash else {'shortest_edge': size}, 'resample': FILTERS[how['interpolation']],
+            'do_center_crop': not squash, 'crop_size': square, 'do_rescale': True, 'rescale_factor': 1 / 255, 'do_normalize': True,
+            'image_mean': how['mean'], 'image_std': how['std']}
+
+
+FILTERS = {'bilinear': 2, 'bicubic': 3}  # PIL's numbers
+HF_VISION = {'hidden_size': 768, 'intermediate_size': 3072, 'projection_dim': 512, 'num_hidden_layers': 12, 'num_attention_heads': 12, 'image_size': 224,
+             'patch_size': 32, 'hidden_act': 'quick_gelu', 'layer_norm_eps': 1e-5}  # what a config.json leaves out
+HF_TEXT = {'hidden_size': 512, 'intermediate_size': 2048, 'num_hidden_layers': 12, 'num_attention_heads': 8, 'max_position_embeddings': 77,
+           'vocab_size': 49408, 'hidden_act': 'quick_gelu', 'layer_norm_eps': 1e-5, 'eos_token_id': 49407}
+
+
+def from_hf_tower(config: dict, where: str) -> tuple[dict, bool]:
+    """(what vision_cfg and text_cfg have in common, quick_gelu) of a vision_config or text_config"""
+    acts = {'quick_gelu': None, 'gelu': None, 'gelu_pytorch_tanh': {'approximate': 'tanh'}}
+    if config['hidden_act'] not in acts:
+        raise SystemExit(f'error: {where}/config.json: hidden_act {config["hidden_act"]!r}; supported: {", ".join(acts)}')
+    act, eps, heads = acts[config['hidden_act']], config['layer_norm_eps'], config['num_attention_heads']
+    if config['hidden_size'] % heads:
+        raise SystemExit(f'error: {where}/config.json: {heads} heads do not divide the width {config["hidden_size"]}')
+    ratio = config['intermediate_size'] / config['hidden_size']
+    ratio = ratio if int(config['hidden_size'] * ratio) == config['intermediate_size'] else math.nextafter(ratio, math.inf)  # it is cut, not rounded
+    return {'width': config['hidden_size'], 'layers': config['num_hidden_layers'], 'mlp_ratio': ratio,
+            **({'act_kwargs': act} if act else {}), **({'norm_kwargs': {'eps': eps}} if eps != 1e-5 else {})}, config['hidden_act'] == 'quick_gelu'
+
+
+def from_hf_vision(vision: dict, where: str) -> tuple[dict, bool]:
+    """(vision_cfg, quick_gelu) of the vision_config of a CLIPModel or a LLaVA"""
+    vision = HF_VISION | vision
+    cfg, quick = from_hf_tower(vision, where)
+    return {**cfg, 'image_size': vision['image_size'], 'patch_size': vision['patch_size'], 'head_width': cfg['width'] // vision['num_attention_heads']}, quick
+
+
+def from_hf_config(place: Path) -> dict:
+    """{'model_cfg', 'preprocess_cfg'} of a directory of a CLIPModel"""
+    config = data.read_json(place / 'config.json', str(place))
+    of = lambda name: {**(config.get(f'{name}_config') or {}), **(config.get(f'{name}_config_dict') or {})}  # the second as older versions had it
+    vision, quick = from_hf_vision(of('vision'), str(place))
+    text = HF_TEXT | of('text')
+    tower, quick2 = from_hf_tower(text, str(place))
+    if quick != quick2:
+        raise SystemExit(f'error: {place}/config.json: one tower has the activation quick_gelu, the other has not; supported: both or neither')
+    pool = dict(pool_type='argmax') if text['eos_token_id'] == 2 else dict(pool_type='eos', eos_id=text['eos_token_id'])  # 2: transformers' mark for the older kind
+    text = {**tower, 'heads': text['num_attention_heads'], 'context_length': text['max_position_embeddings'], 'vocab_size': text['vocab_size'], **pool}
+    return {'model_cfg': {'embed_dim': config.get('projection_dim', 512), 'quick_gelu': quick, 'vision_cfg': vision, 'text_cfg': text},
+            'preprocess_cfg': from_hf_preprocessor(place, vision['image_size'])[0]}
+
+
+def from_hf_preprocessor(place: Path, size: int) -> tuple[dict, bool]:
+    """(preprocess_cfg, whether images are padded to a square first) of a Hugging Face directory whose image tower takes images of this size"""
+    file = next((f for f in (place / 'preprocessor_config.json', place / 'processor_config.json') if f.is_file()), place / 'preprocessor_config.json')
+    how = data.read_json(file, str(place))
+    how = how.get('image_processor', how)  # in processor_config.json, where transformers 5 writes it
+    side = lambda of: {of} if isinstance(of, int) else set(of.values())
+    resized, cropped = how.get('size', {'shortest_edge': 224}), how.get('do_center_crop', True)
+    squash = not isinstance(resized, int) and 'height' in resized
+    names = {number: name for name, number in FILTERS.items()}
+    for fits, key in [(side(resized) == {size}, 'size'), (not cropped and squash or cropped and side(how.get('crop_size', size)) == {size}, 'crop_size'),
+                      (how.get('resample', 3) in names, 'resample'), (abs(how.get('rescale_factor', 1 / 255) - 1 / 255) < 1e-9, 'rescale_factor'),
+                      *((how.get(key, True), key) for key in ('do_resize', 'do_rescale', 'do_normalize')),
+                      *((len(how.get(key, '')) == 3, key) for key in ('image_mean', 'image_std'))]:
+        if not fits:
+            raise SystemExit(f'error: {file}: {key} is {how.get(key)}, do_center_crop {cropped}; supported: resize to {size} (the size of the image tower) and '
+                             f'crop to the same, resample 2 (bilinear) or 3 (bicubic), values in [0, 1] less image_mean over image_std')
+    return {'mean': how['image_mean'], 'std': how['image_std'], 'interpolation': names[how.get('resample', 3)],
+            'resize_mode': 'squash' if squash else 'shortest'}, bool(how.get('do_pad'))
+
+
+# ----------------------------------------------------------------------------------------------------------- files
 def write(path: Path, writer, keep_previous: bool = False) -> None:
     """Writes beside, fsyncs, renames: a file is the old one or the new one, never half of one. Disk full: says so."""
     beside = path.with_name(path.name + '.tmp')
@@ -612,8 +863,8 @@ def check_config(cfg: Config, world: int) -> None:
             (not 0 <= cfg.eps_from <= cfg.eps_to <= 1, f'--eps_from {cfg.eps_from:g} --eps_to {cfg.eps_to:g}: must be '
                                                        f'fractions of the run, 0 ≤ from ≤ to ≤ 1'),
             (not 0 <= cfg.k_from <= 1, f'--k_from {cfg.k_from:g}: must be a fraction of the run, 0 … 1'),
-            (cfg.init and (cfg.tokenizer or cfg.arch), f'--init {cfg.init} brings its own model and tokenizer: leave --arch and '
-                                                       f'--tokenizer out'),
+            (cfg.init and (cfg.tokenizer or cfg.arch) and not Path(cfg.init).is_file(),
+             f'--init {cfg.init} brings its own model and tokenizer: leave --arch and --tokenizer out'),
             (cfg.batch_size < 2, f'--batch_size {cfg.batch_size}: a contrastive loss needs at least 2 pairs'),
             (cfg.batch_size % world, f'--batch_size {cfg.batch_size}: must be divisible by the {world} processes (it is global)'),
             (cfg.steps < 1, f'--steps {cfg.steps}: must be at least 1'),
@@ -702,7 +953,8 @@ class Clock:
 
 # ------------------------------------------------------------------------------------------------------- run directory
 STATE_FILES, EXPORT = ('train_state.pt', 'previous_train_state.pt'), 'open_clip_model.safetensors'
-RUN_FILES = (*STATE_FILES, EXPORT, 'open_clip_config.json', 'tokenizer.json', 'tokenizer_config.json', 'train_config.json', 'log.jsonl')
+RUN_FILES = (*STATE_FILES, EXPORT, 'open_clip_config.json', 'tokenizer.json', 'tokenizer_config.json', 'config.json', 'model.safetensors',
+             'preprocessor_config.json', 'train_config.json', 'log.jsonl')
 FREE_ON_RESUME = {'out', 'resume', 'overwrite', 'workers', 'compile', 'log_every', 'save_every'}  # change no result
 
 
@@ -798,11 +1050,12 @@ class Run:
             raise SystemExit(f'error: --out {self.out}: {e}') from None
         if not first_step:
             worth_keeping = any((self.out / name).exists() for name in self.FILES[:3])
-            for file in [self.out / name for name in self.FILES if (self.out / name).exists()]:
+            for file in [self.out / name for name in self.files() if (self.out / name).exists()]:
+                aside = file.with_name(f'replaced_{file.name}')
+                remove(aside if worth_keeping else file)
                 if worth_keeping:
-                    os.replace(file, file.with_name(f'replaced_{file.name}'))
-                else:
-                    file.unlink()
+                    os.replace(file, aside)
+        self.facts = arithmetic
         about = {'config': self.settings, 'commit': commit(), 'versions': versions(), 'processes': world}
         write(self.out / 'train_config.json', lambda f: f.write_text(json.dumps(about, indent=2), encoding='utf-8'))
         log = self.out / 'log.jsonl'
@@ -811,6 +1064,7 @@ class Run:
         write(log, lambda f: f.write_text(''.join(line + '\n' for line in kept)))
         if first_step:
             self.export(first_step)
+            self.write_card(first_step)
         print(textwrap.fill(', '.join(f'{name} {value!r}' for name, value in self.settings.items()), 120))
         print(f'commit {about["commit"]}, {", ".join(f"{k} {v}" for k, v in about["versions"].items())}, {device}\n{arithmetic}'
               + (f'; continuing after update {first_step}' if first_step else ''), flush=True)
@@ -835,8 +1089,9 @@ class Run:
             state = {'step': step, 'config': self.settings, 'optimizer': self.optimizer.state_dict(), **self.contents()}
             write(self.out / 'train_state.pt', lambda file: torch.save(state, file), keep_previous=True)
             self.export(step)
-            for name in self.FILES:  # what --overwrite put aside
-                (self.out / f'replaced_{name}').unlink(missing_ok=True)
+            self.write_card(step)
+            for name in (*self.FILES, CARD, 'eval'):  # what --overwrite put aside
+                remove(self.out / f'replaced_{name}')
         self.saved_step = step
 
     def contents(self) -> dict:
@@ -846,6 +1101,34 @@ class Run:
 
     def export(self, step: int) -> None:
         export(self.model, self.tokenizer, self.out)
+
+    def files(self) -> tuple[str, ...]:
+        """What of the directory belongs to the run; somebody else's README.md does not."""
+        ours = all(mark in read_text(self.out / CARD) for name in ('training', 'results') for mark in marks(name))
+        return (*self.FILES, 'eval') + ours * (CARD,)
+
+    def write_card(self, step: int) -> None:
+        """The model card; what somebody wrote outside of its two marked blocks stays."""
+        blocks = {'training': self.about(step), 'results': results(self.out)}
+        if not rewrite(self.out / CARD, blocks, self.HEADER + f'\n# {self.out.name}\n\n' + '\n\n## Results\n\n'.join('\n'.join(marks(n)) for n in blocks) + '\n'):
+            print(f'note: {self.out / CARD} is not a card of a run (it has no {marks("training")[0]}); it is left as it is', flush=True)
+
+    HEADER = '---\nlibrary_name: open_clip\npipeline_tag: zero-shot-image-classification\ntags:\n- clip\n- adversarial-robustness\n---\n'
+
+    def about(self, step: int) -> str:
+        """The card's part that training writes: data, ε, attack, how to load it, limits."""
+        whole = complete(self.model.model_cfg, {})[0] | {'preprocess_cfg': self.model.preprocess_cfg}
+        name, missing, side = self.out.name, not_in_hf(whole, self.tokenizer), self.model.visual.size
+        kind = 'on adversarial images only' if self.cfg.eps else 'on clean images, as the baseline of one trained on adversarial images'
+        load = snippet(OPEN_CLIP_SNIPPET, name) + '\n'
+        load += f'transformers does not open it, since its CLIPModel cannot be this model: {"; ".join(missing)}.' if missing else \
+            f'With transformers:\n\n{snippet(CLIP_SNIPPET, name)}'.rstrip()
+        return (f'A CLIP trained {kind}: stage 1 of [Double Visual Defense](https://arxiv.org/abs/2501.09446), with `clip_adv.py`, commit {commit()}.\n\n'
+                f'{listed(step, self.steps, self.facts)}\n\n'
+                f'### Load it\n\nFrom the folder that `{name}` is in, with open_clip:\n\n{load}\n\n### Limits\n\n{common_limits(self.cfg)}\n'
+                f'- Images are seen at {side} × {side} pixels, captions up to {self.tokenizer.context} tokens.\n'
+                + (f'- It began as `{self.cfg.init}`, whose limits are also its own.' if self.cfg.init else
+                   '- It knows what its training captions speak of, and nothing else.'))
 
     def kept(self) -> str:
         return f'the checkpoint after update {self.saved_step} is kept' if self.saved_step else 'no checkpoint was saved yet'
@@ -903,6 +1186,98 @@ class Run:
             dist.destroy_process_group()
 
 
+# ---------------------------------------------------------------------------------------------------------- model card
+CARD = 'README.md'
+MEASURES = {  # what the card's results speak of, measured or not; eval.py says which of them a measurement is
+    EXPORT: ('zero-shot accuracy', 'recall@1, image → text', 'accuracy with a wrong name written on the image', 'audit: is the robustness real?'),
+    'model.safetensors': ('VQA accuracy', 'POPE, F1', 'ScienceQA accuracy', 'captions, CIDEr', 'forced sentences, success')}
+OPEN_CLIP_SNIPPET = """import open_clip
+from PIL import Image
+model, _, preprocess = open_clip.create_model_and_transforms('local-dir:RUN')
+image, text = preprocess(Image.open('cat.jpg'))[None], open_clip.get_tokenizer('local-dir:RUN')(['a red circle', 'a blue circle'])
+print((100 * model.encode_image(image, normalize=True) @ model.encode_text(text, normalize=True).T).softmax(-1))"""
+CLIP_SNIPPET = """from PIL import Image
+from transformers import CLIPModel, CLIPProcessor
+model, processor = CLIPModel.from_pretrained('RUN'), CLIPProcessor.from_pretrained('RUN')
+inputs = processor(text=['a red circle', 'a blue circle'], images=Image.open('cat.jpg'), padding=True, truncation=True, return_tensors='pt')
+print(model(**inputs).logits_per_image.softmax(-1))"""
+
+
+def snippet(code: str, run: str) -> str:
+    return f'```python\n{code.replace("RUN", run)}\n```\n'
+
+
+def listed(step: int, steps: int, facts: str) -> str:
+    return '\n'.join(f'- {line}' for line in [f'state: after update {step} of {steps}', *facts.splitlines(),
+                                              'all settings, commit and versions: `train_config.json`; the course of the training: `log.jsonl`'])
+
+
+def common_limits(cfg) -> str:
+    attack = (f'- Trained against l∞ perturbations of ε = {cfg.eps:g}/255 at the resolution of the model. Of larger ones, of other norms and of other changes of an '
+              f'image nothing follows.' if cfg.eps else '- Trained without an attack: expect nothing of it under one.')
+    return f'{attack}\n- Robustness is measured with attacks and not proved: a stronger attack can find more.'
+
+
+def marks(name: str) -> tuple[str, str]:
+    return f'<!-- {name}: written by the scripts -->', f'<!-- end of {name} -->'
+
+
+def rewrite(file: Path, blocks: dict[str, str], new: str = '') -> bool:
+    """Puts each block between its marks and leaves the rest of the file as it is; False where the marks are missing.   new: the file if there is none"""
+    text = read_text(file) or new
+    for name, content in blocks.items():
+        begin, end = marks(name)
+        before, found, rest = text.partition(begin)
+        _, found_end, after = rest.partition(end)
+        if not (found and found_end):
+            return False
+        text = f'{before}{begin}\n\n{content}\n\n{end}{after}'
+    write(file, lambda beside: beside.write_text(text, encoding='utf-8'))
+    return True
+
+
+def read_text(file: Path) -> str:
+    return file.read_text(encoding='utf-8', errors='replace') if file.is_file() else ''
+
+
+def results(out: Path) -> str:
+    """The card's table: all that out/eval holds about the weights that are there now."""
+    files, rows, others = sorted((out / 'eval').glob('*.json')), [], []
+    weights = next(name for name in MEASURES if (out / name).is_file() or name == 'model.safetensors')
+    now = digest(out / weights) if files else ''
+    for file in files:
+        try:
+            report = json.loads(file.read_text(encoding='utf-8'))
+            ours = report['weights'] == now
+            rows += [(row, file.name, report['commit']) for row in report['card']] if ours else []
+        except (OSError, ValueError, KeyError, TypeError):
+            ours = False
+        others += [] if ours else [f'`eval/{file.name}`']
+    lines = ['| | data | attack | unperturbed | under attack | details, commit |', '|---|---|---|---|---|---|']
+    for measure in MEASURES[weights]:
+        found = [f'| {measure} | {r["data"]} | {r["attack"]} | {r["clean"]} | {r["attacked"]} | [eval/{name}](eval/{name}), {commit} |'
+                 for r, name, commit in rows if r['measure'] == measure]
+        lines += found or [f'| {measure} | | | not measured | not measured | |']
+    stale = f'\n\nMeasured on other weights than those that are here now, or not readable: {", ".join(others)}.' if others else ''
+    return '\n'.join(lines) + '\n\nIn %, ε in 1/255 (l∞).' + stale
+
+
+def digest(file: Path) -> str:
+    """Of a file's content; of none: ''."""
+    if not file.is_file():
+        return ''
+    found = hashlib.blake2b(digest_size=8)
+    with open(file, 'rb') as content:
+        while part := content.read(1 << 20):
+            found.update(part)
+    return found.hexdigest()
+
+
+def remove(path: Path) -> None:
+    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------- facts
 def peak_rss() -> int:
     """Bytes of memory that this process had at most."""
     import resource

@@ -9,7 +9,9 @@
 (seed, number of the sample in the stream), never of a rank, a worker or a batch size.
 """
 import functools
+import gzip
 import hashlib
+import importlib.util
 import inspect
 import io
 import json
@@ -871,15 +873,16 @@ class ChatDataset(torch.utils.data.Dataset):
 
 # ------------------------------------------------------------------------------------------------------- tokenizers
 class Tokenizer:
-    """Captions → int64 [n, context]. Two layouts:
+    """Captions → int64 [n, context]. The layouts, called as open_clip's `tokenizer_mode` and `tokenizer_kwargs` do:
 
-    'eot'   bos w… eos pad…          OpenAI's CLIP: eos has the highest id, so pooling at argmax finds it
-    'clips' bos w… eos pad… [CLS]    ΔCLIP: BERT's WordPiece, pooled at the last token
+    'eot'             start w… end pad…          OpenAI's CLIP, which pools at the end: the highest id, so argmax finds it
+    'clips'           start w… end pad… [CLS]    ΔCLIP: BERT's WordPiece, pooled at the last token
+    'strip_sep_token' start w… pad…              CLIPA: the same, without the end
 
-    'clips' is open_clip's name for the second (its `tokenizer_mode`), so that open_clip tokenizes the same way.
+    pool: where the text tower pools (text_cfg.pool_type).
     """
 
-    def __init__(self, backend: HFTokenizer, context: int, mode: str = 'eot'):
+    def __init__(self, backend: HFTokenizer, context: int, mode: str = 'eot', pool: str = 'argmax'):
         self.backend, self.context, self.mode = backend, context, mode
         self.backend.no_padding(), self.backend.no_truncation()
         self.vocab_size = max(backend.get_vocab().values()) + 1
@@ -892,7 +895,7 @@ class Tokenizer:
             ids = backend.encode('a').ids
             pads = [backend.token_to_id(t) for t in ('<pad>', '[PAD]', '<|pad|>')]
             self.pad = next((p for p in pads if p is not None), 0)
-            if len(ids) < 3 or ids[-1] != self.vocab_size - 1 or context < 3:
+            if len(ids) < 3 or pool == 'argmax' and ids[-1] != self.vocab_size - 1 or context < 3:
                 raise SystemExit(f'error: --tokenizer: the text tower pools at the end-of-text token, so the tokenizer must '
                                  f'put a start and an end around every text (got ids {ids} for "a"), the end having the '
                                  f'highest id ({self.vocab_size - 1}); --context {context} must be at least 3')
@@ -902,7 +905,7 @@ class Tokenizer:
         rows = []
         for caption in captions:
             words = self.backend.encode(' '.join(caption.split()), add_special_tokens=False).ids
-            words = [self.bos, *words[:self.room], self.eos]
+            words = [self.bos, *words[:self.room], self.pad if self.mode == 'strip_sep_token' else self.eos]
             row = words + [self.pad] * (self.context - len(words))
             rows.append(row[:-1] + [self.cls] if self.mode == 'clips' else row)
         return torch.tensor(rows)
@@ -921,45 +924,157 @@ class Tokenizer:
         special = {'pad_token': self.pad, 'bos_token': self.bos, 'eos_token': self.eos}
         if self.mode == 'clips':
             special['cls_token'] = self.cls
+        if self.mode == 'strip_sep_token':
+            special['sep_token'] = self.eos
+        named = {k: self.backend.id_to_token(v) for k, v in special.items()}
+        if not self.backend.get_added_tokens_decoder().get(self.pad) and '[PAD]' != named['pad_token']:
+            named['pad_token'] = named['eos_token']  # OpenAI's pads with 0, which is the word "!"; behind the end it makes no difference
         config = {'tokenizer_class': 'PreTrainedTokenizerFast', 'model_max_length': self.context,
-                  'clean_up_tokenization_spaces': False, **{k: self.backend.id_to_token(v) for k, v in special.items()}}
+                  'clean_up_tokenization_spaces': False, **named}
         return {'tokenizer.json': self.backend.to_str(pretty=True), 'tokenizer_config.json': json.dumps(config, indent=2)}
 
 
 def train_tokenizer(captions: list[str], context: int, vocab_size: int) -> Tokenizer:
     """A byte-level BPE of at most vocab_size entries, lower-cased; <pad> is 0 and the end-of-text token the highest id."""
     bpe = HFTokenizer(models.BPE())
-    bpe.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
+    bpe.normalizer = normalizers.Sequence([normalizers.NFC(), *one_space(), normalizers.Lowercase()])
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     bpe.decoder = decoders.ByteLevel()
     bpe.train_from_iterator(captions, trainers.BpeTrainer(
         vocab_size=vocab_size - 1, special_tokens=['<pad>', '<|startoftext|>'], show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
     bpe.add_special_tokens(['<|endoftext|>'])
-    bpe.post_processor = processors.TemplateProcessing(
-        single='<|startoftext|> $A <|endoftext|>',
-        special_tokens=[(t, bpe.token_to_id(t)) for t in ('<|startoftext|>', '<|endoftext|>')])
+    bpe.post_processor = around(bpe)
     return Tokenizer(bpe, context)
 
 
-def read_tokenizer(file: str | os.PathLike, context: int, mode: str = 'eot') -> Tokenizer:
-    """tokenizer.json, or a WordPiece vocab.txt (one entry a line, as BERT and ΔCLIP use; mode 'clips')."""
+def one_space() -> list:
+    """Space of any kind and length counts as one, around the text as none."""
+    return [normalizers.Replace(Regex(r'\s+'), ' '), normalizers.Strip()]
+
+
+def read_tokenizer(file: str | os.PathLike, context: int, mode: str = 'eot', pool: str = 'argmax') -> Tokenizer:
+    """tokenizer.json; a WordPiece vocab.txt (one entry a line, as BERT and ΔCLIP use; mode 'clips' unless the mode says otherwise); or
+    CLIP's BPE as OpenAI published it, bpe_simple_vocab_16e6.txt.gz, or as vocab.json beside merges.txt."""
+    file = Path(file)
     try:
-        if str(file).endswith('.txt'):
-            vocab = {word: i for i, word in enumerate(Path(file).read_text(encoding='utf-8').rstrip('\n').split('\n'))}
+        if file.name.endswith('.txt.gz'):
+            merges = [tuple(line.split()) for line in gzip.decompress(file.read_bytes()).decode('utf-8').split('\n')[1:49152 - 256 - 2 + 1]]
+            letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+            words = [*letters, *(letter + '</w>' for letter in letters), *map(''.join, merges), '<|startoftext|>', '<|endoftext|>']
+            return Tokenizer(clip_bpe({word: i for i, word in enumerate(words)}, merges), context, mode, pool)
+        if file.name == 'vocab.json':
+            merges = [tuple(line.split()) for line in file.with_name('merges.txt').read_text(encoding='utf-8').split('\n')[1:] if line.strip()]
+            return Tokenizer(clip_bpe(json.loads(file.read_text(encoding='utf-8')), merges), context, mode, pool)
+        if file.suffix == '.txt':
+            vocab = {word: i for i, word in enumerate(file.read_text(encoding='utf-8').rstrip('\n').split('\n'))}
             wordpiece = HFTokenizer(models.WordPiece(vocab, unk_token='[UNK]'))
             wordpiece.normalizer = normalizers.BertNormalizer(lowercase=True)
             wordpiece.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
             wordpiece.decoder = decoders.WordPiece()
-            return Tokenizer(wordpiece, context, 'clips')
-        return Tokenizer(HFTokenizer.from_file(str(file)), context, mode)
+            if '[CLS]' in vocab and '[SEP]' in vocab:
+                wordpiece.post_processor = processors.TemplateProcessing(single='[CLS] $A [SEP]', special_tokens=[(t, vocab[t]) for t in ('[CLS]', '[SEP]')])
+            return Tokenizer(wordpiece, context, 'clips' if mode == 'eot' else mode, pool)
+        return Tokenizer(HFTokenizer.from_file(str(file)), context, mode, pool)
     except Exception as e:  # tokenizers raises bare Exception for everything, a missing file included
         raise SystemExit(f'error: --tokenizer {file}: {e}; expected a tokenizer.json or a WordPiece vocab.txt') from None
 
 
-def tokenizer_from_text(text: str, context: int, mode: str | None) -> Tokenizer:
-    """The content of a tokenizer.json → Tokenizer."""
-    return Tokenizer(HFTokenizer.from_str(text), context, mode or 'eot')
+def clip_bpe(vocab: dict[str, int], merges: list[tuple[str, str]]) -> HFTokenizer:
+    """OpenAI's byte-level BPE, in which a word ends in </w>."""
+    bpe = HFTokenizer(models.BPE(vocab, merges, end_of_word_suffix='</w>', unk_token='<|endoftext|>'))
+    bpe.normalizer = normalizers.Sequence([normalizers.NFC(), *one_space(), normalizers.Lowercase()])
+    words = r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(words), 'removed', invert=True),
+                                                 pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    bpe.decoder = decoders.ByteLevel()
+    bpe.add_special_tokens(['<|startoftext|>', '<|endoftext|>'])
+    bpe.post_processor = around(bpe)
+    return bpe
+
+
+def around(bpe: HFTokenizer):
+    """Puts the start and the end around every text."""
+    ends = ('<|startoftext|>', '<|endoftext|>')
+    return processors.TemplateProcessing(single=f'{ends[0]} $A {ends[1]}', special_tokens=[(t, bpe.token_to_id(t)) for t in ends])
+
+
+def tokenizer_of(place: Path, text_cfg: dict) -> Tokenizer:
+    """The tokenizer of an open_clip or Hugging Face directory, as its text_cfg (complete) says: in the directory, else of the repository that
+    text_cfg.hf_tokenizer_name names, else CLIP's BPE, which open_clip brings along and the hub has, too."""
+    context, pool, mode = text_cfg['context_length'], text_cfg['pool_type'], tokenizer_mode(text_cfg)
+    name = text_cfg['hf_tokenizer_name']
+    sources = [lambda: place]
+    if name and name != 'tokenizer.json':  # ours says that the file is in the directory
+        sources.append(lambda: fetch(name, f'the tokenizer of {place} is that of {name}, which is not there'))
+    elif not name:
+        found = importlib.util.find_spec('open_clip')
+        sources += [lambda: Path(found.origin).parent] * bool(found)
+        sources.append(lambda: fetch('openai/clip-vit-base-patch32', f"the tokenizer of {place} is CLIP's BPE, which is not there (and open_clip, which "
+                                                                     f'has it, is not installed)'))
+    for source in sources:
+        folder = source()
+        names = [Path(text_cfg['vocab_path']).name] if text_cfg['vocab_path'] else []
+        for file in [folder / n for n in (*names, *TOKENIZER_FILES)]:
+            if file.is_file() and (file.name != 'vocab.json' or file.with_name('merges.txt').is_file()) and file.name != 'merges.txt':
+                return read_tokenizer(file, context, mode, pool)
+    raise SystemExit(f'error: {place} has no tokenizer: none of {", ".join(TOKENIZER_FILES)}, and it belongs to none that can be found elsewhere')
+
+
+TOKENIZER_FILES = ('tokenizer.json', 'vocab.json', 'merges.txt', 'vocab.txt', 'bpe_simple_vocab_16e6.txt.gz')
+
+
+def tokenizer_mode(text_cfg: dict) -> str:
+    """The layout that open_clip's text_cfg stands for.   official: CLIP_benchmark/clip_benchmark/open_clip/factory.py (vocab_path)"""
+    more = dict(text_cfg['tokenizer_kwargs'] or {})
+    strip = more.pop('strip_sep_token', False)
+    if more or text_cfg['tokenizer_mode'] not in (None, 'clips'):
+        raise SystemExit(f'error: text_cfg: tokenizer_mode {text_cfg["tokenizer_mode"]!r}, tokenizer_kwargs {more}; supported: clips, strip_sep_token')
+    return 'clips' if text_cfg['tokenizer_mode'] or text_cfg['vocab_path'] else 'strip_sep_token' if strip else 'eot'
+
+
+def tokenizer_from_text(text: str, text_cfg: dict) -> Tokenizer:
+    """The content of a tokenizer.json → Tokenizer.   text_cfg: open_clip's, complete"""
+    return Tokenizer(HFTokenizer.from_str(text), text_cfg['context_length'], tokenizer_mode(text_cfg), text_cfg['pool_type'])
+
+
+# -------------------------------------------------------------------------------------------------------------- the hub
+WEIGHTS = (['adapter_model.*', 'non_lora_trainables.bin'], ['open_clip_model.safetensors'], ['open_clip_pytorch_model.bin'],
+           ['model.safetensors', 'model-*.safetensors'], ['pytorch_model*.bin'])  # the first of these that a repository has is fetched
+
+
+def locate(name: str | os.PathLike, what: str = '') -> Path:
+    """A file or directory as it is; else a repository of Hugging Face's hub by its id, fetched.   what: the flag, for the error"""
+    if Path(name).exists():
+        return Path(name)
+    repository, name, what = is_repository(name), str(name).removeprefix('hf-hub:'), f'{what} ' * bool(what)
+    if not repository:
+        raise SystemExit(f"error: {what}{name}: no such file or directory, and no repository id of the hub such as 'openai/clip-vit-large-patch14'")
+    return fetch(name, f'{what}{name}: no such file or directory', WEIGHTS)
+
+
+def is_repository(name: str | os.PathLike) -> bool:
+    """Whether it can only be a repository id, such as openai/clip-vit-large-patch14 or hf-hub:org/name."""
+    place, name = Path(name), str(name)
+    return bool(re.fullmatch(r'(hf-hub:)?[\w-][\w.-]*/[\w.-]+', name)) and not name.startswith('runs/') and not place.exists() and not place.parent.is_dir()
+
+
+def fetch(name: str, what: str, weights: tuple | list = ()) -> Path:
+    """A repository of Hugging Face's hub → the folder it was fetched into (~/.cache/huggingface): its small files and the first group of
+    weights that it has. What is there already is not fetched again; HF_HUB_OFFLINE=1 keeps it from asking."""
+    small = ['*.json', '*.jinja', '*.txt', 'tokenizer.model']
+    try:
+        from huggingface_hub import snapshot_download
+        place = Path(snapshot_download(name, allow_patterns=small))
+        for group in weights:
+            snapshot_download(name, allow_patterns=list(group))
+            if any(any(place.glob(pattern)) for pattern in group):
+                break
+        return place
+    except ImportError:
+        raise SystemExit(f'error: {what}; to fetch it from the hub: pip install huggingface_hub') from None
+    except Exception as e:  # the hub's, its transport's and the system's
+        raise SystemExit(f'error: {what}, and fetching {name} from the hub failed: {type(e).__name__}: {str(e)[:300]}') from None
 
 
 # ------------------------------------------------------------------------------------------- tokenizers of language models
@@ -1020,13 +1135,14 @@ class LLMTokenizer:
         except (jinja2.TemplateError, TypeError) as e:
             raise SystemExit(f'error: --prompt chat: the chat template of the LLM: {type(e).__name__}: {e}; use --prompt v1') from None
 
-    def files(self, max_length: int) -> dict[str, str]:
-        """File name → content, such that transformers' AutoTokenizer reads the same tokenizer."""
+    def files(self, max_length: int, template: str | None = None) -> dict[str, str]:
+        """File name → content, such that transformers' AutoTokenizer reads the same tokenizer.   template: instead of its own"""
+        template = template or self.chat_template
         config = {'tokenizer_class': 'PreTrainedTokenizerFast', 'model_max_length': max_length, 'clean_up_tokenization_spaces': False,
                   'bos_token': self.bos_token, 'eos_token': self.eos_token, 'pad_token': self.pad_token, 'image_token': IMAGE}
         files = {'tokenizer.json': self.backend.to_str(pretty=True)}
-        if self.chat_template:
-            files['chat_template.jinja'] = config['chat_template'] = self.chat_template
+        if template:
+            files['chat_template.jinja'] = config['chat_template'] = template
         return {**files, 'tokenizer_config.json': json.dumps({k: v for k, v in config.items() if v is not None}, indent=2)}
 
 
@@ -1034,12 +1150,27 @@ class LLMTokenizer:
 def compiled(template: str):
     """In Jinja's sandbox, since the template comes with the weights; the two settings are those of transformers."""
     from jinja2.sandbox import ImmutableSandboxedEnvironment
+    # transformers' own tag around what an assistant says, by which it finds the answers; it renders to what is inside
+    template = re.sub(r'\{%(-?)\s*(end)?generation\s*(-?)%\}', lambda m: f'{{%{m[1]} {"endif" if m[2] else "if true"} {m[3]}%}}', template)
     return ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True).from_string(template)
 
 
 # What a language model without a template of its own is spoken to in, for the tiny one: v1 without the system sentence.
 SHORT_TEMPLATE = ("{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}USER: {{ m['content'] }} ASSISTANT:{% else %}"
                   " {{ m['content'] }}{{ eos_token }}{% endif %}{% endfor %}")
+# Before a template that knows mere text: lets it be given a list of images and texts, as transformers gives what a model that sees is asked.
+TAKES_PARTS = """{%- set ns = namespace(messages=[], text='') -%}
+{%- for m in messages -%}
+{%- if m['content'] is string -%}{%- set ns.text = m['content'] -%}
+{%- else -%}
+{%- set ns.text = '' -%}
+{%- for part in m['content'] if part['type'] == 'image' -%}{%- set ns.text = ns.text + '<image>\n' -%}{%- endfor -%}
+{%- for part in m['content'] if part['type'] == 'text' -%}{%- set ns.text = ns.text + part['text'] -%}{%- endfor -%}
+{%- endif -%}
+{%- set ns.messages = ns.messages + [{'role': m['role'], 'content': ns.text}] -%}
+{%- endfor -%}
+{%- set messages = ns.messages -%}
+"""
 
 
 def train_llm_tokenizer(texts: list[str], vocab_size: int) -> LLMTokenizer:

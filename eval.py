@@ -13,6 +13,7 @@ number of processes change nothing but the rounding of sums.
 """
 import argparse
 import dataclasses
+import hashlib
 import json
 import math
 import os
@@ -53,8 +54,9 @@ class Classifier:
     native: images come at their own size, and are resized in here, so that the attack acts before the resize.
     """
 
-    def __init__(self, path: str, device: torch.device, native: bool = False):
-        self.model, self.tokenizer = clip_adv.load_clip(path)
+    def __init__(self, path: str, device: torch.device, native: bool = False, arch: str = '', tokenizer: str = ''):
+        is_file = Path(path).is_file()  # --arch and --tokenizer say what a file is, and directories say it themselves
+        self.model, self.tokenizer = clip_adv.load_clip(path, arch=arch if is_file else '', tokenizer=tokenizer if is_file else '')
         self.model.to(device).requires_grad_(False)
         self.device, self.native, self.path = device, native, path
         how = self.model.preprocess_cfg
@@ -83,6 +85,10 @@ class Classifier:
 
     def __call__(self, x: Tensor, numbers=None) -> Tensor:
         return 100 * self.embed(x) @ self.text.T
+
+
+def classifier_of(path: str, device: torch.device, args) -> Classifier:
+    return Classifier(path, device, getattr(args, 'native', False), args.arch, args.tokenizer)
 
 
 def attack(kind: str, logits, x: Tensor, y: Tensor, eps: float, numbers: list[int], seed: int, batch_size: int) -> Tensor:
@@ -159,7 +165,7 @@ def zeroshot(args: argparse.Namespace, rank: int, world: int, device: torch.devi
     """Which of the classes is nearest to the image? A row for each run and data set."""
     results = []
     for path in args.dirs:
-        classifier, own = Classifier(path, device, args.native), []
+        classifier, own = classifier_of(path, device, args), []
         for name in args.data:
             images = load_set(name, args, rank)
             classifier.embed_classes(images.classes, images.prompts)
@@ -226,7 +232,7 @@ def retrieval(args: argparse.Namespace, rank: int, world: int, device: torch.dev
         raise SystemExit(f'error: --data {" ".join(args.data)}: retrieval takes one data set')
     results = []
     for path in args.dirs:
-        classifier, images = Classifier(path, device, args.native), data.caption_set(args.data[0], args.split)
+        classifier, images = classifier_of(path, device, args), data.caption_set(args.data[0], args.split)
         numbers = sample(len(images.captions), args.data[0], args, rank)
         texts = list(dict.fromkeys(c for i in numbers for c in images.captions[i]))
         place = {text: t for t, text in enumerate(texts)}
@@ -294,7 +300,7 @@ def typographic(args: argparse.Namespace, rank: int, world: int, device: torch.d
         other = int(torch.randint(len(images.classes) - 1, (), generator=data.generator(args.seed, 'typographic', i)))
         named[i] = (label, other + (other >= label))
     for path in args.dirs:
-        classifier = Classifier(path, device).embed_classes(images.classes, images.prompts)
+        classifier = classifier_of(path, device, args).embed_classes(images.classes, images.prompts)
         found = {}
         with tqdm(total=len(mine) * len(args.font), desc=Path(path).name, unit='image', disable=args.quiet or rank > 0) as bar, torch.no_grad():
             for size in args.font:
@@ -356,7 +362,7 @@ def targeted_grid(args, images: data.ClassSet, number: int, named: tuple[int, in
     for eps in args.grid_eps:
         row = []
         for path in args.dirs:
-            classifier = Classifier(path, device).embed_classes(images.classes, images.prompts)
+            classifier = classifier_of(path, device, args).embed_classes(images.classes, images.prompts)
             x = classifier.pixels(images.item(number)[0])[None]
             goal = torch.tensor([target], device=device)
             never = torch.zeros(1, dtype=torch.bool, device=device)  # not to the first success: to the highest loss
@@ -380,7 +386,7 @@ def show(args: argparse.Namespace, rank: int, world: int, device: torch.device) 
         raise SystemExit(f"error: --labels {args.labels!r}: at least 2 different texts, separated by commas: 'a cat,a dog'")
     image, eps, rows, results = data.read_image(Path(args.image)), args.eps[0], [], []
     for path in args.dirs:
-        classifier = Classifier(path, device).embed_classes(names, lambda name: [name])
+        classifier = classifier_of(path, device, args).embed_classes(names, lambda name: [name])
         x = classifier.pixels(image)[None]
         with torch.no_grad():
             y = torch.tensor([names.index(args.label)], device=device) if args.label in names else classifier(x).argmax(1)
@@ -425,7 +431,7 @@ class Answerer:
 
     def __init__(self, path: str, device: torch.device, max_new: int, batch_size: int, style: str = ''):
         self.path, self.device, self.max_new, self.batch_size, self.blind = path, device, max_new, batch_size, False
-        if llava_adv.is_llava(path) or not (Path(path) / 'config.json').is_file():
+        if llava_adv.is_llava(path) or clip_adv.model_type(data.locate(path)) in (None, 'clip'):
             self.model, self.tokenizer = llava_adv.load_llava(path)
             self.model.to(device).requires_grad_(False)
             self.image_tokens, self.fit = self.model.image_tokens, llava_adv.fit(self.model)
@@ -715,14 +721,14 @@ def audit(args: argparse.Namespace, rank: int, world: int, device: torch.device)
     if len(numbers) < world:
         raise SystemExit(f'error: --n {args.n}: {len(numbers)} images for {world} processes; each needs one at least')
     for path in args.dirs:
-        classifier = Classifier(path, device, args.native).embed_classes(images.classes, images.prompts)
+        classifier = classifier_of(path, device, args).embed_classes(images.classes, images.prompts)
         loaded = [images.item(i) for i in mine]
         if len({image.size for image, _ in loaded}) > 1 and args.native:
             raise SystemExit('error: --native: audit needs images of one size')
         x = torch.stack([classifier.pixels(image) for image, _ in loaded])
         y = torch.tensor([label for _, label in loaded], device=device)
         sources = [p for p in [*args.dirs, *args.transfer_from] if p != path]
-        source = Classifier(sources[0], device, args.native).embed_classes(images.classes, images.prompts) if sources else None
+        source = classifier_of(sources[0], device, args).embed_classes(images.classes, images.prompts) if sources else None
         with tqdm(total=len(CHECKS), desc=Path(path).name, unit='check', disable=args.quiet or rank > 0) as bar:
             checks = audit_checks(classifier, x, y, eps / 255, mine, args.seed, args.batch_size, source, bar=bar, queries=args.queries)
         failed = [c for c in checks if c['verdict'] == 'FAIL']
@@ -1014,6 +1020,66 @@ def chunks(items: list, size: int):
     return (items[i:i + size] for i in range(0, len(items), size))
 
 
+# ======================================================================================================== the model card
+def weights_of(dirs: list[str]) -> dict[str, str]:
+    """{run directory: digest of its weights}, of those of DIRS that our training wrote; into others nothing is written."""
+    runs = [path for path in dict.fromkeys(dirs) if (Path(path) / 'train_config.json').is_file()]
+    return {path: clip_adv.digest(Path(path) / next(n for n in clip_adv.MEASURES if (Path(path) / n).is_file() or n == llava_adv.MODEL)) for path in runs}
+
+
+def keep(report: dict, args, weights: dict[str, str]) -> None:
+    """Each run's part of the report into RUN/eval/, and from all that is there the results in the run's card. The same measurement again replaces
+    its file. If it cannot be written, that is said, and the measurement goes on to where else it is wanted."""
+    settings = {k: v for k, v in vars(args).items() if k not in ('run', 'dirs', 'json', 'plot', 'grid', 'quiet', 'batch_size')}
+    number = hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=3).hexdigest()
+    parts = [args.command, *(Path(name).stem for name in getattr(args, 'data', [])), getattr(args, 'split', ''), getattr(args, 'attack', ''), number]
+    name = re.sub(r'[^\w.-]+', '-', '_'.join(part for part in parts if part)) + '.json'
+    for path, now in weights.items():
+        rows = [row for row in report['results'] if row['dir'] == path]
+        own = {**report, 'weights': now, 'card': [line for row in rows for line in card_lines(row, args)], 'results': rows}
+        folder, card = Path(path) / 'eval', Path(path) / clip_adv.CARD
+        try:
+            folder.mkdir(exist_ok=True)
+            clip_adv.write(folder / name, lambda file: file.write_text(json.dumps(own, indent=2), encoding='utf-8'))
+            seen = None
+            while seen != (seen := sorted(folder.glob('*.json'))):  # another evaluation may have added to it meanwhile
+                clip_adv.rewrite(card, {'results': clip_adv.results(Path(path))}) if card.is_file() else None
+        except (OSError, SystemExit) as e:
+            print(f'warning: not kept in {folder}: {str(e).removeprefix("error: ")}', file=sys.stderr, flush=True)
+
+
+def card_lines(row: dict, args) -> list[dict]:
+    """What the card shows of a row of results."""
+    at = lambda values, scale=1: ', '.join(f'ε = {eps}: {percent(scale * v)}' for eps, v in values.items()) or 'not measured'
+    line = lambda measure, clean, attacked, attack=None, more='': {
+        'measure': measure, 'data': f'{Path(row["data"]).name} {args.split}{more}, n = {row["n"]}', 'clean': clean, 'attacked': attacked,
+        'attack': attack if attack is not None else getattr(args, 'attack', '') + ' on native pixels' * args.native}
+    command = args.command
+    if command == 'zeroshot':
+        more = f', {args.subset} captions' * (args.subset != 'all') + (f', {row["classes"]} classes' if 'classes' in row else '')
+        return [line('zero-shot accuracy', percent(row['clean_acc']), at(row['adv_acc']), more=more)]
+    if command == 'retrieval':
+        key = 'image_to_text_recall@1'
+        return [line('recall@1, image → text', percent(row['clean'][key]), at({k[4:]: v[key] for k, v in row.items() if k.startswith('adv_')}), more=f', {row["texts"]} texts')]
+    if command == 'typographic':
+        sizes = {float(size): share for size, share in row['acc'].items()}
+        return [line('accuracy with a wrong name written on the image', percent(sizes[0]) if 0 in sizes else 'not measured', attack='letters, in % of the height',
+                     attacked=', '.join(f'{size:g} %: {percent(share)}' for size, share in sizes.items() if size))]
+    if command == 'audit':
+        verdicts = Counter(check['verdict'] for check in row['checks'])
+        return [line('audit: is the robustness real?', '', ', '.join(f'{n} checks {verdict}' for verdict, n in verdicts.items()), f'several, ε = {row["eps"]:g}')]
+    if command in ('vqa', 'pope', 'sqa'):
+        measure, key = {'vqa': ('VQA accuracy', 'accuracy'), 'pope': ('POPE, F1', 'f1'), 'sqa': ('ScienceQA accuracy', 'accuracy')}[command]
+        return [line(measure, percent(row[f'clean_{key}']), at(row[f'adv_{key}']), f'{args.attack}, {args.iterations} iterations', f', {row["questions"]}')]
+    if command == 'caption' and 'success' in row:
+        return [line('forced sentences, success', percent(rates['0']), at({k: v for k, v in rates.items() if k != '0'}),
+                     f'APGD, {args.iterations} iterations, “{text}”'.replace('|', '/')) for text, rates in row['success'].items()]
+    if command == 'caption':
+        return [line('captions, CIDEr', percent(row['clean']['cider']), at({k[4:]: v['cider'] for k, v in row.items() if k.startswith('adv_')}),
+                     f'{args.attack}, {args.iterations} iterations')]
+    return []  # show: one image
+
+
 # =============================================================================================================== output
 def percent(fraction: float) -> str:
     return f'{100 * fraction:.1f}'
@@ -1096,7 +1162,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         return c
 
     def command(run, text: str, eps: list[float], n: int) -> argparse.ArgumentParser:
-        c = any_command(run, text, 'run directories of clip_adv.py', 128 if torch.cuda.is_available() else 32, 'the sample and the random starts')
+        c = any_command(run, text, "a CLIP each: a run, a directory or weights file of open_clip, a directory of Hugging Face's CLIPModel, or a repository id", 128 if torch.cuda.is_available() else 32, 'the sample and the random starts')
+        c.add_argument('--arch', default='', help="what a DIR that is a file of weights is: open_clip's model configuration, a JSON file or its name")
+        c.add_argument('--tokenizer', default='', metavar='FILE', help='its tokenizer, a tokenizer.json or vocab.txt; default: the one that belongs to --arch')
         if run is not show:
             c.add_argument('--data', nargs='+', default=['easyvqa'], help="'easyvqa', a folder (metadata.jsonl; or classnames.txt with "
                            "SPLIT/*.tar or with a folder for each class), or a class of torchvision.datasets")
@@ -1134,7 +1202,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     s.add_argument('--label', default='', help='the true one, which is attacked; default: what the model sees in the clean image')
     for run, text, words in ((vqa, 'questions about images: VQA accuracy', 5), (pope, 'hallucination: yes or no', 5),
                              (sqa, 'ScienceQA, questions with an image', 5), (caption, 'captions: CIDEr; forced sentences', 20)):
-        c = any_command(run, text, 'LLaVA directories; of a language model alone: what it answers without the image', 32, 'the sample')
+        c = any_command(run, text, "a LLaVA each: a run, a directory of Hugging Face's format, adapters as the authors publish them, or a repository id; of a "
+                        'language model alone: what it answers without the image', 32, 'the sample')
         what = {vqa: "'easyvqa', or a questions file of VQAv2 or TextVQA", pope: "'easyvqa', or a file of POPE", sqa: 'a folder with problems.json and '
                 'pid_splits.json', caption: "'easyvqa', or a file of Karpathy's or of COCO's captions"}[run]
         c.add_argument('--data', nargs=1, **({'required': True} if run is sqa else {'default': ['easyvqa']}), help=what)
@@ -1188,13 +1257,16 @@ def main(args: argparse.Namespace) -> int:
     started = time.time()
     rank, world, device = clip_adv.start_processes(timedelta(days=7))  # one rank may have the harder images
     try:
+        weights = weights_of(args.dirs) if rank == 0 else {}  # before: a training may save others meanwhile
         measured = args.run(args, rank, world, device)
         code = measured.pop('exit', 0)
-        if args.json and rank == 0:
+        if rank == 0:
             report = {'command': shlex.join(['python', 'eval.py', *sys.argv[1:]]), 'commit': clip_adv.commit(), 'versions': clip_adv.versions(),
                       'device': str(device), 'processes': world, 'seed': args.seed, 'seconds': time.time() - started,
                       **{k: v for k, v in vars(args).items() if k in ('data', 'split', 'subset', 'attack', 'native', 'eps')}, **measured}
-            clip_adv.write(Path(args.json), lambda file: file.write_text(json.dumps(report, indent=2), encoding='utf-8'))
+            keep(report, args, weights)
+            if args.json:
+                clip_adv.write(Path(args.json), lambda file: file.write_text(json.dumps(report, indent=2), encoding='utf-8'))
     except data.BadImage as e:
         raise SystemExit(f'error: {e}') from None
     finally:

@@ -56,7 +56,7 @@ class Config:
     image_root_a: str = ''        # folder of its images; default: as --image_root
     turns: int = 3                # easyvqa: questions to a conversation
     workers: int = 0              # image-decoding processes per rank; 0: none of its own
-    init: str = 'runs/clip_adv'   # a CLIP run directory, or a LLaVA directory (tower, projector and LLM from it)
+    init: str = 'runs/clip_adv'   # a CLIP (a run, of open_clip, of Hugging Face), or a LLaVA (tower, projector and LLM from it); a directory or repository id
     llm: str = 'tiny'             # 'tiny' (trained here, on the text), a directory, a .gguf file, or a repository id of Hugging Face
     prompt: str = ''              # of sub-stage B: 'v1' (Vicuna), 'chat' (the LLM's own template); default: --init's, chat where there is a template
     max_length: int = 2048        # tokens of a sample, image tokens included; longer ones are cut
@@ -612,7 +612,7 @@ def main(cfg: Config, given: set[str] | None = None) -> None:
                         answer_tokens=int(tokens), attack_ms=attack_ms, train_ms=train_ms)
             run.save_or_leave(step + 1, (step + 1 - begin) % cfg.save_every == 0 or step + 1 == end, bar, world, device)
         bar.close()
-    opens = 'opens in transformers as a LlavaForConditionalGeneration' if expressible(model.tower) else 'holds the model'
+    opens = 'holds the model' if clip_adv.vision_not_in_hf(model.tower) else 'opens in transformers as a LlavaForConditionalGeneration'
     run.finish(f'{cfg.out} {opens}; measure it with: python eval.py vqa {cfg.out}')
 
 
@@ -709,7 +709,16 @@ def chat(cfg: Config) -> None:
 
 # ---------------------------------------------------------------------------------------------------- building a model
 def prompt_style(style: str, tokenizer: data.LLMTokenizer) -> str:
-    return style or ('chat' if tokenizer.chat_template else 'v1')
+    """The one that was asked for; else 'chat' where there is a template that can be trained on, else 'v1'."""
+    if style or not tokenizer.chat_template:
+        return style or 'v1'
+    try:
+        Prompt(tokenizer, 'chat', 1, 1 << 30).text([('Is it?', 'Yes')])
+        return 'chat'
+    except SystemExit as e:  # such as that of llava-1.5-7b-hf, whose answers have no end
+        if int(os.environ.get('RANK', 0)) == 0:
+            print(f'note: {str(e).removeprefix("error: --prompt chat: ").rpartition("; use")[0]}; so questions are put as Vicuna\'s (--prompt v1)')
+        return 'v1'
 
 
 def fit(model: LLaVA):
@@ -738,7 +747,7 @@ def build(cfg: Config, state: dict | None, rank: int, device: torch.device) -> t
         model, tokenizer = load_llava(cfg.init, dtype)
     else:
         if state is None:
-            clip, _ = clip_adv.load_clip(cfg.init)
+            clip, _ = clip_adv.load_clip(cfg.init, what='--init')
             tower, visual = tower_of(clip), clip.visual
         else:
             tower = state['tower']
@@ -922,9 +931,9 @@ def load_llm(path: str, dtype: torch.dtype) -> tuple[Llama, data.LLMTokenizer]:
     if path.endswith('.gguf'):
         config, tokenizer, weights = read_gguf(place)
     else:
-        place = place if place.is_dir() else fetch(path)
+        place = data.locate(path, '--llm')
         config = data.read_json(place / 'config.json', f'--llm {path}')
-        tokenizer, weights = data.read_llm_tokenizer(place), stored(place)
+        tokenizer, weights = data.read_llm_tokenizer(place), clip_adv.stored(place, clip_adv.HF_FILES)
     complete(config, f'--llm {path}')
     if tokenizer.vocab_size > config.get('vocab_size', 32000):
         config = {**config, 'vocab_size': -(-tokenizer.vocab_size // 64) * 64}  # a multiple of 64 suits matrix units
@@ -932,48 +941,6 @@ def load_llm(path: str, dtype: torch.dtype) -> tuple[Llama, data.LLMTokenizer]:
         llm = Llama(config)
     fill(llm, weights, dtype, path)
     return llm.eval(), tokenizer
-
-
-def fetch(name: str) -> Path:
-    """A repository of Hugging Face's hub, by its id."""
-    if name.count('/') != 1 or name.startswith(('.', '/')):
-        raise SystemExit(f"error: --llm {name}: no such directory, and no repository id such as 'lmsys/vicuna-7b-v1.5'")
-    try:
-        from huggingface_hub import snapshot_download
-        return Path(snapshot_download(name, allow_patterns=['*.json', '*.safetensors', '*.bin', 'tokenizer.model', '*.jinja'],
-                                      ignore_patterns=['training_args.bin', 'original/*']))
-    except ImportError:
-        raise SystemExit(f'error: --llm {name}: no such directory; to fetch it from the hub: pip install huggingface_hub') from None
-    except Exception as e:  # the hub's, requests' and the system's
-        raise SystemExit(f'error: --llm {name}: no such directory, and the hub says {type(e).__name__}: {str(e)[:300]}') from None
-
-
-def stored(place: Path):
-    """Yields (name, tensor) of a directory's weights, one at a time; safetensors before .bin, sharded or not."""
-    for index, single in (('model.safetensors.index.json', 'model.safetensors'), ('pytorch_model.bin.index.json', 'pytorch_model.bin')):
-        if (place / index).is_file():
-            files = sorted({place / name for name in data.read_json(place / index, str(place)).get('weight_map', {}).values()})
-        elif (place / single).is_file():
-            files = [place / single]
-        else:
-            continue
-        for file in files:
-            try:
-                if file.suffix == '.safetensors':
-                    from safetensors import safe_open
-                    with safe_open(file, 'pt') as tensors:
-                        for name in tensors.keys():
-                            yield name, tensors.get_tensor(name)
-                else:
-                    try:
-                        tensors = torch.load(file, map_location='cpu', weights_only=True, mmap=True)
-                    except RuntimeError:  # not a zip file: the legacy kind
-                        tensors = torch.load(file, map_location='cpu', weights_only=True)
-                    yield from tensors.items()
-            except Exception as e:
-                raise SystemExit(f'error: cannot read {file}: {type(e).__name__}: {str(e)[:300]}') from None
-        return
-    raise SystemExit(f'error: {place} has no weights: neither {MODEL} nor pytorch_model.bin, whole or in shards with an index')
 
 
 def fill(llm: Llama, weights, dtype: torch.dtype, where: str) -> None:
@@ -1053,71 +1020,39 @@ def read_gguf(file: Path):
 
 
 # -------------------------------------------------------------------------------------------------------- LLaVA on disk
-BLOCK_NAMES = {'ln_1': 'layer_norm1', 'ln_2': 'layer_norm2', 'attn.out_proj': 'self_attn.out_proj', 'mlp.c_fc': 'mlp.fc1', 'mlp.c_proj': 'mlp.fc2'}
-TOWER_NAMES = {'class_embedding': 'embeddings.class_embedding', 'conv1.weight': 'embeddings.patch_embedding.weight',
-               'positional_embedding': 'embeddings.position_embedding.weight', 'ln_pre': 'pre_layrnorm', 'ln_post': 'post_layernorm'}  # (sic)
-
-
-def to_hf(name: str, w: Tensor):
-    """A weight of the ViT, (name, tensor), as Hugging Face's CLIPVisionModel has it; yields three for q, k, v in one matrix."""
-    if name.startswith('transformer.resblocks.'):
-        _, _, layer, rest = name.split('.', 3)
-        stem = f'encoder.layers.{layer}.'
-        if rest.startswith('attn.in_proj_'):
-            for part, of_part in zip('qkv', w.chunk(3)):
-                yield f'{stem}self_attn.{part}_proj.{rest.removeprefix("attn.in_proj_")}', of_part
-        else:
-            part, _, leaf = rest.rpartition('.')
-            yield f'{stem}{BLOCK_NAMES[part]}.{leaf}', w
-    else:
-        known = next(k for k in TOWER_NAMES if name == k or name.startswith(k + '.'))
-        yield TOWER_NAMES[known] + name[len(known):], w
-
-
-def expressible(tower: dict) -> bool:
-    """Whether Hugging Face's CLIPVisionModel can be this tower up to block N−1: it always has a LayerNorm before the blocks."""
-    v = tower['vision_cfg']
-    return not v['no_ln_pre'] and hidden_act(tower) is not None
-
-
-def hidden_act(tower: dict) -> str | None:
-    if tower['quick_gelu']:
-        return 'quick_gelu'
-    return {'none': 'gelu', 'tanh': 'gelu_pytorch_tanh'}.get((tower['vision_cfg']['act_kwargs'] or {}).get('approximate', 'none'))
+def tower_names(name: str) -> list[str]:
+    """A weight of the ViT in the files: Hugging Face's CLIPVisionModel in a LLaVA, as transformers writes it today."""
+    return [n.replace('vision_model.', 'vision_tower.', 1) for n, _ in clip_adv.to_hf(f'visual.{name}', torch.empty(3))]
 
 
 def hf_config(model: LLaVA) -> dict:
-    v, llm = model.tower['vision_cfg'], model.llm
-    vision = {'model_type': 'clip_vision_model', 'hidden_size': v['width'], 'intermediate_size': int(v['width'] * v['mlp_ratio']),
-              'num_hidden_layers': v['layers'], 'num_attention_heads': v['width'] // v['head_width'], 'image_size': v['image_size'],
-              'patch_size': v['patch_size'], 'num_channels': 3, 'hidden_act': hidden_act(model.tower), 'projection_dim': model.tower['embed_dim'],
-              'layer_norm_eps': (v['norm_kwargs'] or {}).get('eps', 1e-5)}
-    if not expressible(model.tower):  # a model_type that transformers does not know: it stops there, and does not fill in what it misses
-        vision = {'model_type': 'open_clip_vit', **{k: model.tower[k] for k in ('vision_cfg', 'embed_dim', 'quick_gelu')}}
+    llm, vision = model.llm, clip_adv.hf_vision(model.tower)
+    if clip_adv.vision_not_in_hf(model.tower):  # a model_type that transformers does not know: it stops there, and does not fill in what it misses
+        vision = {'model_type': 'open_clip_vit', **{k: model.tower[k] for k in ('vision_cfg', 'embed_dim', 'quick_gelu', 'preprocess_cfg')}}
+    tied = llm.cfg['tie_word_embeddings']  # at both levels: which of them counts has changed between versions of transformers
     return {'architectures': ['LlavaForConditionalGeneration'], 'model_type': 'llava', 'image_token_index': model.image_id,
             'image_seq_length': model.image_tokens, 'projector_hidden_act': 'gelu', 'multimodal_projector_bias': True,
-            'vision_feature_layer': -2, 'vision_feature_select_strategy': 'default', 'prompt_style': model.style,
-            'tie_word_embeddings': llm.cfg['tie_word_embeddings'], 'text_config': llm.config, 'vision_config': vision,
+            'vision_feature_layer': -2, 'vision_feature_select_strategy': 'default', 'prompt_style': model.style, 'tie_word_embeddings': tied,
+            'text_config': {**llm.config, 'tie_word_embeddings': tied}, 'vision_config': vision,
             'dtype': str(llm.model.embed_tokens.weight.dtype).removeprefix('torch.')}
 
 
-def hf_preprocessor(model: LLaVA) -> dict:
-    how, size = model.tower['preprocess_cfg'], model.visual.size
-    pad = model.tower['geometry'] == 'pad'
-    return {'image_processor_type': 'LlavaImageProcessor' if pad else 'CLIPImageProcessor', **({'do_pad': True} if pad else {}),
-            'processor_class': 'LlavaProcessor', 'do_convert_rgb': True, 'do_resize': True,
-            'size': {'height': size, 'width': size} if how['resize_mode'] == 'squash' else {'shortest_edge': size},
-            'resample': {'bilinear': 2, 'bicubic': 3}[how['interpolation']], 'do_center_crop': how['resize_mode'] != 'squash',
-            'crop_size': {'height': size, 'width': size}, 'do_rescale': True, 'rescale_factor': 1 / 255, 'do_normalize': True,
-            'image_mean': how['mean'], 'image_std': how['std']}
+def chat_template(model: LLaVA, tokenizer: data.LLMTokenizer) -> str | None:
+    """The template of what the model was tuned on, for transformers, which gives it images and texts as a list."""
+    template = data.SHORT_TEMPLATE.replace('{{ bos_token }}', f'{{{{ bos_token }}}}{V1_SYSTEM} ') if model.style == 'v1' else tokenizer.chat_template
+    if not template or template.startswith(data.TAKES_PARTS) or template == tokenizer.chat_template and tokenizer.takes_parts:
+        return template
+    return data.TAKES_PARTS + template
 
 
 def export(model: LLaVA, tokenizer: data.LLMTokenizer, out: Path, max_length: int) -> None:
-    """The whole model, adapters merged, as a LlavaForConditionalGeneration that transformers opens; its weights are named as in the
-    published LLaVAs, which transformers 4 and 5 read."""
-    plain, weights = expressible(model.tower), {}
+    """The whole model, adapters merged, as a LlavaForConditionalGeneration that transformers opens, with the names that its save_pretrained writes."""
+    weights: dict[str, Tensor] = {}
     for name, w in model.visual.state_dict().items():
-        weights |= {f'vision_tower.vision_model.{n}': t for n, t in to_hf(name, w)} if plain else {f'vision_tower.{name}': w}
+        if clip_adv.vision_not_in_hf(model.tower):
+            weights[f'vision_tower.{name}'] = w
+        else:
+            weights |= dict(zip(tower_names(name), (part for _, part in clip_adv.to_hf(f'visual.{name}', w))))
     weights |= {f'multi_modal_projector.{name}': w for name, w in model.projector.state_dict().items()}
     merged = {f'{name}.weight': m.merged() for name, m in model.llm.named_modules() if isinstance(m, Linear)}
     for name, w in model.llm.state_dict().items():
@@ -1125,43 +1060,53 @@ def export(model: LLaVA, tokenizer: data.LLMTokenizer, out: Path, max_length: in
             weights[f'language_model.{name}'] = merged.get(name, w)
     processor = {'processor_class': 'LlavaProcessor', 'patch_size': model.visual.patch, 'vision_feature_select_strategy': 'default',
                  'image_token': data.IMAGE, 'num_additional_image_tokens': 1}
-    extra = {'preprocessor_config.json': hf_preprocessor(model), 'processor_config.json': processor}
+    how, size, pad = model.tower['preprocess_cfg'], model.visual.size, model.tower['geometry'] == 'pad'
+    extra = {'preprocessor_config.json': clip_adv.hf_preprocessor(how, size, 'LlavaProcessor', pad), 'processor_config.json': processor}
     for name, content in extra.items():
         clip_adv.write(out / name, lambda file: file.write_text(json.dumps(content, indent=2), encoding='utf-8'))
-    save_directory(out, hf_config(model), weights, tokenizer, max_length)
-    if not plain:
-        print(f'note: {out}: Hugging Face\'s CLIP cannot express this image tower (no LayerNorm before its blocks, or another activation), so '
-              f'transformers will not open the directory; eval.py and --init do')
+    save_directory(out, hf_config(model), weights, tokenizer, max_length, chat_template(model, tokenizer))
+    if wrong := clip_adv.vision_not_in_hf(model.tower):
+        print(f'note: {out}: Hugging Face\'s CLIP cannot express this image tower ({"; ".join(wrong)}), so transformers does not open the directory; '
+              f'eval.py, --init and --chat do')
 
 
-def save_directory(folder: Path, config: dict, weights: dict[str, Tensor], tokenizer: data.LLMTokenizer, max_length: int) -> None:
-    """config.json comes last: where it is, the rest is there and belongs to it."""
+def save_directory(folder: Path, config: dict, weights: dict[str, Tensor], tokenizer: data.LLMTokenizer, max_length: int, template: str | None = None) -> None:
+    """config.json comes last: where it is, the rest is there and belongs to it.   template: of the chat, instead of the tokenizer's own"""
     from safetensors.torch import save_file
     (folder / 'config.json').unlink(missing_ok=True)
     tied = config.get('tie_word_embeddings')
     weights = {name: w.detach().cpu().contiguous() for name, w in weights.items() if not (tied and name.endswith('lm_head.weight'))}
     clip_adv.write(folder / MODEL, lambda file: save_file(weights, file, metadata={'format': 'pt'}))
-    for name, text in {**tokenizer.files(max_length), 'config.json': json.dumps(config, indent=2)}.items():
+    for name, text in {**tokenizer.files(max_length, template), 'config.json': json.dumps(config, indent=2)}.items():
         clip_adv.write(folder / name, lambda file: file.write_text(text, encoding='utf-8'))
 
 
 def is_llava(path: str) -> bool:
-    try:
-        return json.loads((Path(path) / 'config.json').read_text(encoding='utf-8')).get('model_type') == 'llava'
-    except (OSError, ValueError, AttributeError):
-        return False
+    place = data.locate(path) if data.is_repository(path) else Path(path)
+    return clip_adv.model_type(place) == 'llava' or has_adapters(place)
+
+
+def has_adapters(place: Path) -> bool:
+    """The layout of the released Δ²LLaVA, and of LLaVA's own LoRA runs."""
+    return (place / 'adapter_config.json').is_file() and (place / 'non_lora_trainables.bin').is_file()
 
 
 def load_llava(path: str, dtype: torch.dtype = torch.float32) -> tuple[LLaVA, data.LLMTokenizer]:
-    """A run directory, or any LLaVA directory of Hugging Face's format with a CLIP tower and a Llama or Qwen2 → (model, tokenizer).
+    """A LLaVA, from wherever it comes → (model, tokenizer).
 
-    dtype: of the LLM; tower and projector are float32.
+    path: a run directory; any LLaVA directory of Hugging Face's format with a CLIP tower and a Llama or Qwen2; adapters as the authors of
+    Δ²LLaVA publish them (see load_adapters); or a repository id of such.  dtype: of the LLM; tower and projector are float32.
     """
-    place = Path(path)
-    if not is_llava(path):
-        unfinished = ', which holds a run that has not ended: go on with --resume' if (place / 'train_state.pt').exists() else ''
-        raise SystemExit(f'error: {path} is no LLaVA directory (no config.json whose model_type is llava){unfinished}')
+    place = data.locate(path)
+    if has_adapters(place):
+        return load_adapters(place, dtype)
+    if not is_llava(str(place)):
+        kind = 'which is a CLIP' if (place / 'open_clip_config.json').is_file() or clip_adv.model_type(place) == 'clip' else ''
+        kind = 'which holds a run that has not ended: go on with --resume' if (place / 'train_state.pt').exists() and not kind else kind
+        raise SystemExit(f'error: {path} is no LLaVA directory (no config.json whose model_type is llava, no adapters){", " * bool(kind)}{kind}')
     config = data.read_json(place / 'config.json', path)
+    if missing := {'text_config', 'vision_config'} - set(config):
+        raise SystemExit(f'error: {path}/config.json: no {", ".join(sorted(missing))}; expected the format of transformers (such as llava-hf/llava-1.5-7b-hf)')
     layer, select = config.get('vision_feature_layer', -2), config.get('vision_feature_select_strategy', 'default')
     if layer != -2 or select != 'default' or config.get('projector_hidden_act', 'gelu') != 'gelu':
         raise SystemExit(f'error: {path}/config.json: vision_feature_layer {layer}, vision_feature_select_strategy {select}, projector_hidden_act '
@@ -1170,69 +1115,138 @@ def load_llava(path: str, dtype: torch.dtype = torch.float32) -> tuple[LLaVA, da
     text = config['text_config'] | ({'tie_word_embeddings': config['tie_word_embeddings']} if 'tie_word_embeddings' in config else {})
     with torch.device('meta'):
         llm = Llama({**text, 'vocab_size': max(text.get('vocab_size', 32000), tokenizer.vocab_size)})
-    with clip_adv.seeded(0):
-        model = LLaVA(make_tower(tower), llm, config.get('image_token_index', config.get('image_token_id')), tower, config.get('prompt_style', ''))
+    model = joined(tower, llm, config.get('image_token_index', config.get('image_token_id')), config.get('prompt_style', ''))
     if tokenizer.image != model.image_id:
         raise SystemExit(f'error: {path}: {data.IMAGE} is token {tokenizer.image}, config.json says {model.image_id}')
-    ours, theirs = {}, {}
-    for name in model.visual.state_dict():
-        for n, _ in to_hf(name, torch.empty(3)) if expressible(tower) else [(name, None)]:
-            theirs[n] = name
+    projector, visual = {}, {}
 
     def language():
-        for name, w in stored(place):
+        for name, w in clip_adv.stored(place, clip_adv.HF_FILES):
             name = name.removeprefix('model.') if name.startswith(('model.language_model.', 'model.vision_tower.', 'model.multi_modal_projector.')) else name
             if name.startswith('vision_tower.'):
-                ours[name.removeprefix('vision_tower.').removeprefix('vision_model.')] = w
+                visual[name.removeprefix('vision_tower.').removeprefix('vision_model.')] = w.float()
             elif name.startswith('multi_modal_projector.'):
-                ours[f'projector.{name.removeprefix("multi_modal_projector.")}'] = w
+                projector[name.removeprefix('multi_modal_projector.')] = w.float()
             else:  # the language model; transformers once wrote language_model.layers and lm_head at the top
                 name = name.removeprefix('language_model.')
                 yield name if name.startswith(('model.', 'lm_head.')) else f'model.{name}', w
     fill(llm, language(), dtype, path)
-    projector = {n.removeprefix('projector.'): ours.pop(n).float() for n in list(ours) if n.startswith('projector.')}
-    visual: dict[str, Tensor] = {}
-    for n in [n for n in theirs if n in ours]:  # q, k, v come in this order
-        w = ours.pop(n).float()
-        visual[theirs[n]] = torch.cat([visual[theirs[n]], w]) if theirs[n] in visual else w
-    ours.pop('embeddings.position_ids', None)  # a buffer of older versions
+    if not clip_adv.vision_not_in_hf(tower):
+        shapes = {f'visual.{name}': w.shape for name, w in model.visual.state_dict().items()}
+        renamed = clip_adv.from_hf({f'vision_model.{n}': w for n, w in visual.items()}, shapes, f'the image tower of {path}')
+        visual = {name.removeprefix('visual.'): w for name, w in renamed.items()}
     clip_adv.load_weights(model.projector, projector, f'the projector of {path}')
-    clip_adv.load_weights(model.visual, visual | ours, f'the image tower of {path}')
+    clip_adv.load_weights(model.visual, visual, f'the image tower of {path}')
     model.ends = ends_of(llm, tokenizer)
     return model.eval(), tokenizer
 
 
+def joined(tower: dict, llm: Llama, image_id: int, style: str) -> LLaVA:
+    with clip_adv.seeded(0):
+        return LLaVA(make_tower(tower), llm, image_id, tower, style)
+
+
+def load_adapters(place: Path, dtype: torch.dtype) -> tuple[LLaVA, data.LLMTokenizer]:
+    """The layout of the released Δ²LLaVA: adapters of PEFT for the LLM that adapter_config.json names, and, in non_lora_trainables.bin, projector
+    and image tower, that one in open_clip's names.   official: Open-LLaVA-NeXT/llava/train/train.py, llava/model/builder.py"""
+    config, lora = (data.read_json(place / name, str(place)) for name in ('config.json', 'adapter_config.json'))
+    expected = [(config, 'mm_projector_type', ('mlp2x_gelu',)), (config, 'mm_vision_select_layer', (-2,)), (config, 'mm_vision_select_feature', ('patch', None)),
+                (config, 'image_aspect_ratio', ('pad', 'square', None)), (config, 'mm_use_im_start_end', (False, None)), (config, 'mm_patch_merge_type', ('flat', None)),
+                (lora, 'peft_type', ('LORA',)), (lora, 'bias', ('none', None)), *((lora, key, (False, None, [], {})) for key in (
+                    'fan_in_fan_out', 'modules_to_save', 'rank_pattern', 'alpha_pattern', 'use_rslora', 'use_dora', 'layers_to_transform'))]
+    for of, key, allowed in expected:
+        if of.get(key) not in allowed:
+            raise SystemExit(f'error: {place}/{"config" if of is config else "adapter_config"}.json: {key} is {of.get(key)!r}; supported: {allowed[0]!r}')
+    base = lora.get('base_model_name_or_path') or ''
+    try:
+        llm, tokenizer = load_llm(base, dtype)
+    except SystemExit as e:
+        raise SystemExit(f'{e}\n(it is the language model that {place}/adapter_config.json names in base_model_name_or_path, where another place can be named)') from None
+
+    # the adapters into the weights
+    prefix, found = 'base_model.model.', {}
+    for name, w in clip_adv.stored(place, [(None, 'adapter_model.safetensors'), (None, 'adapter_model.bin')]):
+        found[name.removeprefix(prefix).replace('.default.weight', '.weight')] = w
+    targets = lora['target_modules']
+    layers = {name: m for name, m in llm.named_modules() if isinstance(m, Linear) and name.rpartition('.')[2] in targets}
+    clip_adv.fitting(found, {f'{name}.{part}.weight': torch.Size(shape) for name, m in layers.items() for part, shape in
+                             (('lora_A', (lora['r'], m.in_features)), ('lora_B', (m.out_features, lora['r'])))}, f'{place}/adapter_model')
+    for name, m in layers.items():
+        change = lora['lora_alpha'] / lora['r'] * found[f'{name}.lora_B.weight'].float() @ found[f'{name}.lora_A.weight'].float()
+        m.weight.data = (m.weight.data.float() + change).to(dtype)
+
+    # projector and image tower
+    projector, visual, others = {}, {}, {}
+    for name, w in clip_adv.stored(place / 'non_lora_trainables.bin', []):
+        name = re.sub(r'^(base_model\.)?(model\.)*', '', name)
+        if name.startswith('mm_projector.'):
+            projector[name.removeprefix('mm_projector.')] = w.float()
+        elif name.startswith('vision_tower.'):
+            visual[re.sub(r'^(vision_tower\.)+', '', name)] = w.float()
+        else:
+            others[name] = w
+    clip_adv.fitting(others, {}, f'{place}/non_lora_trainables.bin')
+    visual.pop('proj', None)  # into CLIP's shared space; of no use here
+    tower = open_clip_tower(place, config, visual)
+    model = joined(tower, llm, tokenizer.image, 'v1')
+    names = {'linear_1': '0', 'linear_2': '2'}
+    shapes = {n.replace(ours, theirs): w.shape for n, w in model.projector.state_dict().items() for ours, theirs in names.items() if n.startswith(ours)}
+    clip_adv.fitting(projector, shapes, f'the projector of {place}')
+    model.projector.load_state_dict({n.replace(theirs, ours, 1): w for n, w in projector.items() for ours, theirs in names.items() if n.startswith(theirs)})
+    clip_adv.load_weights(model.visual, visual, f'the image tower of {place}')
+    model.ends = ends_of(llm, tokenizer)
+    return model.eval(), tokenizer
+
+
+def open_clip_tower(place: Path, config: dict, weights: dict[str, Tensor]) -> dict:
+    """What LLaVA.tower holds, of a tower in open_clip's names: of the open_clip_config.json in the directory, or, as the authors publish it without
+    one, from the weights' shapes. The width of the heads leaves no trace there: it is that of open_clip's towers of this width."""
+    if (place / 'open_clip_config.json').is_file():
+        whole = data.read_json(place / 'open_clip_config.json', str(place))
+        whole, how = clip_adv.complete(whole['model_cfg'], whole['preprocess_cfg'], str(place))
+        vision, quick = whole['vision_cfg'], whole['quick_gelu']
+    else:
+        if missing := {'conv1.weight', 'positional_embedding', 'transformer.resblocks.0.mlp.c_fc.weight'} - set(weights):
+            raise SystemExit(f'error: {place}/non_lora_trainables.bin has no image tower in open_clip\'s names: no {", ".join(sorted(missing))}')
+        width, _, patch, _ = weights['conv1.weight'].shape
+        head = {1280: 80, 1408: 88, 1664: 104, 1792: 112}.get(width, 64)
+        hidden = len(weights['transformer.resblocks.0.mlp.c_fc.weight'])
+        ratio = hidden / width
+        bare = 'ln_pre.weight' not in weights
+        vision = clip_adv.VISION | dict(width=width, patch_size=patch, image_size=math.isqrt(len(weights['positional_embedding']) - 1) * patch, head_width=head,
+                                        layers=1 + max(int(n.split('.')[2]) for n in weights if n.startswith('transformer.resblocks.')), no_ln_pre=bare,
+                                        mlp_ratio=ratio if int(width * ratio) == hidden else math.nextafter(ratio, math.inf))
+        quick = 'quickgelu' in str(config.get('mm_vision_tower', '')).lower()
+        how = clip_adv.OUR_PREPROCESS  # official: Open-LLaVA-NeXT/clip_preprocess/bv336/preprocessor_config.json
+        print(f'note: {place} does not say what its image tower is; taken from its weights: {width} wide, heads of {head}, {vision["layers"]} blocks, '
+              f'{"no " * bare}ln_pre, {"QuickGELU" if quick else "GELU"}')
+    if (place / 'preprocessor_config.json').is_file():
+        how, _ = clip_adv.from_hf_preprocessor(place, vision['image_size'])
+    return {'vision_cfg': vision, 'embed_dim': vision['width'], 'quick_gelu': quick, 'geometry': 'pad' if config.get('image_aspect_ratio') == 'pad' else 'crop',
+            'preprocess_cfg': clip_adv.complete({}, how)[1]}
+
+
 def read_tower(place: Path, vision: dict) -> dict:
     """What LLaVA.tower holds, from a Hugging Face directory."""
-    how = data.read_json(place / 'preprocessor_config.json', str(place))
-    if 'image_processor' in how:
-        how = how['image_processor']
-    if vision['model_type'] == 'open_clip_vit':
+    if vision.get('model_type') == 'open_clip_vit':
         tower = {k: vision[k] for k in ('vision_cfg', 'embed_dim', 'quick_gelu')}
+    elif vision.get('model_type') == 'clip_vision_model':
+        cfg, quick = clip_adv.from_hf_vision(vision, str(place))
+        tower = {'vision_cfg': clip_adv.VISION | cfg, 'embed_dim': vision.get('projection_dim', 512), 'quick_gelu': quick}
     else:
-        if vision.get('model_type') != 'clip_vision_model':
-            raise SystemExit(f'error: {place}/config.json: the image tower is a {vision.get("model_type")!r}; supported: clip_vision_model')
-        v = {'hidden_size': 768, 'intermediate_size': 3072, 'num_hidden_layers': 12, 'num_attention_heads': 12, 'image_size': 224,
-             'patch_size': 32, 'hidden_act': 'quick_gelu', 'projection_dim': 512, 'layer_norm_eps': 1e-5} | vision
-        acts = {'quick_gelu': None, 'gelu': None, 'gelu_pytorch_tanh': {'approximate': 'tanh'}}
-        if v['hidden_act'] not in acts:
-            raise SystemExit(f'error: {place}/config.json: hidden_act {v["hidden_act"]!r} of the image tower; supported: {", ".join(acts)}')
-        tower = {'vision_cfg': clip_adv.VISION | dict(
-            image_size=v['image_size'], patch_size=v['patch_size'], width=v['hidden_size'], layers=v['num_hidden_layers'],
-            head_width=v['hidden_size'] // v['num_attention_heads'], mlp_ratio=v['intermediate_size'] / v['hidden_size'],
-            act_kwargs=acts[v['hidden_act']], norm_kwargs={'eps': v['layer_norm_eps']}),
-            'embed_dim': v['projection_dim'], 'quick_gelu': v['hidden_act'] == 'quick_gelu'}
-    filters = {2: 'bilinear', 3: 'bicubic'}
-    if how.get('resample', 3) not in filters:
-        raise SystemExit(f'error: {place}/preprocessor_config.json: resample {how["resample"]}; supported: 2 (bilinear), 3 (bicubic)')
-    squash = not how.get('do_center_crop', True) and 'height' in how.get('size', {})
-    tower['preprocess_cfg'] = clip_adv.complete({'vision_cfg': {}, 'text_cfg': {}}, {
-        'mean': how['image_mean'], 'std': how['image_std'], 'interpolation': filters[how.get('resample', 3)],
-        'resize_mode': 'squash' if squash else 'shortest'})[1]
-    return tower | {'geometry': 'pad' if how.get('do_pad') else 'crop'}
+        raise SystemExit(f'error: {place}/config.json: the image tower is a {vision.get("model_type")!r}; supported: clip_vision_model')
+    how, pad = clip_adv.from_hf_preprocessor(place, tower['vision_cfg']['image_size'])
+    return tower | {'preprocess_cfg': clip_adv.complete({}, vision.get('preprocess_cfg', how))[1], 'geometry': 'pad' if pad else 'crop'}
 
 
 # ----------------------------------------------------------------------------------------------------------- run directory
+LLAVA_SNIPPET = """from transformers import AutoProcessor, LlavaForConditionalGeneration
+model, processor = LlavaForConditionalGeneration.from_pretrained('RUN'), AutoProcessor.from_pretrained('RUN')
+chat = [{'role': 'user', 'content': [{'type': 'image', 'path': 'cat.jpg'}, {'type': 'text', 'text': 'what color is the shape?'}]}]
+inputs = processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors='pt')
+print(processor.decode(model.generate(**inputs, max_new_tokens=9)[0, inputs['input_ids'].shape[1]:], skip_special_tokens=True))"""
+
+
 def load_trained(model: LLaVA, weights: dict[str, Tensor], where: str) -> None:
     """The weights that training changes; all of those in the checkpoint must be in the model."""
     ours = model.state_dict()
@@ -1274,6 +1288,20 @@ class Run(clip_adv.Run):
     def export(self, step: int) -> None:
         if step == self.steps:  # gigabytes, for a 7B model: once, at the end
             export(self.model, self.tokenizer, self.out, self.cfg.max_length)
+
+    HEADER = '---\nlibrary_name: transformers\npipeline_tag: image-text-to-text\ntags:\n- llava\n- adversarial-robustness\n---\n'
+
+    def about(self, step: int) -> str:
+        cfg, name, wrong = self.cfg, self.out.name, clip_adv.vision_not_in_hf(self.model.tower)
+        kind = 'on adversarial images only' if cfg.eps else 'on clean images, as a baseline'
+        load = 'It is written when training has ended.' if step < self.steps else (
+            f'transformers does not open it, since its CLIPVisionModel cannot be the image tower: {"; ".join(wrong)}. This project\'s `eval.py`, '
+            f'`llava_adv.py --init` and `--chat` do.' if wrong else f'From the folder that `{name}` is in, with transformers 5:\n\n{clip_adv.snippet(LLAVA_SNIPPET, name)}'.rstrip())
+        return (f'A LLaVA tuned {kind}: stage 2 of [Double Visual Defense](https://arxiv.org/abs/2501.09446), with `llava_adv.py`, commit {clip_adv.commit()}. '
+                f'Image tower: `{cfg.init}`; language model: `{"of --init" if is_llava(cfg.init) else cfg.llm}`.\n\n{clip_adv.listed(step, self.steps, self.facts)}\n\n'
+                f'### Load it\n\n{load}\n\n### Limits\n\n{clip_adv.common_limits(cfg)}\n'
+                f'- Images are seen at {self.model.visual.size} × {self.model.visual.size} pixels, as {self.model.image_tokens} tokens; one image to a conversation.\n'
+                f'- It was tuned on what is named above; how it answers other questions was not measured.')
 
 
 def check_config(cfg: Config, given: set[str] | None, world: int) -> None:

@@ -163,7 +163,7 @@ def test_an_epsilon_given_twice_counts_once():
 
 
 def test_bad_directories_and_data(run, tmp_path):
-    with pytest.raises(SystemExit, match='is no run of clip_adv.py'):
+    with pytest.raises(SystemExit, match='is no CLIP: no open_clip_config.json'):
         zeroshot(tmp_path)
     with pytest.raises(SystemExit, match='no such folder'):
         zeroshot(run, '--data', tmp_path / 'nowhere')

@@ -330,7 +330,7 @@ def test_weights_that_do_not_fit(tmp_path):
     (place / 'model.safetensors').unlink()
     with pytest.raises(SystemExit, match='has no weights'):
         llava_adv.load_llm(str(place), torch.float32)
-    with pytest.raises(SystemExit, match='no such directory, and no repository id'):
+    with pytest.raises(SystemExit, match='no such file or directory, and no repository id'):
         llava_adv.load_llm(str(place / 'nowhere'), torch.float32)
 
 

@@ -170,7 +170,7 @@ def test_the_last_block_is_kept_as_it_was(parts, whole):
     (dict(eps=-1), '--eps -1'), (dict(eps=.0314), 'did you mean 8'), (dict(alpha=25), '--alpha 25.*2ε = 24'), (dict(k=0), '--k 0.*--eps 0'),
     (dict(steps_a=0, steps_b=0), 'not both 0'), (dict(steps_b=-2), '--steps_b -2'), (dict(batch_size=0), '--batch_size 0'), (dict(micro_batch=-1), '--micro_batch -1'),
     (dict(lora_r=-1), '--lora_r -1'), (dict(lora_dropout=1), '--lora_dropout 1'), (dict(prompt='v0'), "--prompt v0: must be 'v1'"),
-    (dict(dtype='half'), '--dtype half'), (dict(init='nowhere'), 'nowhere is no run'), (dict(llm='nowhere'), '--llm nowhere: no such directory'),
+    (dict(dtype='half'), '--dtype half'), (dict(init='nowhere'), '--init nowhere: no such file or directory'), (dict(llm='nowhere'), '--llm nowhere: no such file or directory'),
     (dict(data='nowhere'), '--data nowhere'), (dict(max_length=16), 'a.json, entry 0 .*cut off.*--max_length is 16'), (dict(turns=0), '--turns 0')])
 def test_bad_settings(parts, tmp_path, settings, message):
     with pytest.raises(SystemExit, match=message):

@@ -143,7 +143,8 @@ def test_a_wordpiece_run_opens_in_open_clip(tmp_path):
 def test_what_a_run_directory_holds(run):
     assert {f.name for f in run.iterdir()} == {
         'train_config.json', 'log.jsonl', 'train_state.pt', 'previous_train_state.pt', 'open_clip_config.json',
-        'open_clip_model.safetensors', 'tokenizer.json', 'tokenizer_config.json'}
+        'open_clip_model.safetensors', 'tokenizer.json', 'tokenizer_config.json', 'config.json', 'model.safetensors', 'preprocessor_config.json',
+        'README.md'}
     rows = [json.loads(line) for line in (run / 'log.jsonl').read_text().splitlines()]
     assert [r['step'] for r in rows] == [2, 4, 6]
     assert {'step', 'loss_adv', 'loss_clean', 'lr', 'grad_norm', 'attack_ms', 'train_ms', 'images_per_s', 'peak_memory_mb'} <= set(rows[0])
@@ -200,7 +201,7 @@ def test_a_configuration_that_cannot_be_obeyed(run, tmp_path, change, message):
 
 
 def test_a_directory_that_is_no_run(tmp_path, run):
-    with pytest.raises(SystemExit, match='is no run of clip_adv.py'):
+    with pytest.raises(SystemExit, match='is no CLIP: no open_clip_config.json, and no config.json'):
         clip_adv.load_clip(tmp_path)
     for file in run.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes()[:100])

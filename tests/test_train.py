@@ -214,7 +214,7 @@ def test_non_finite_loss_stops_and_keeps_the_checkpoint(tmp_path):
     (dict(alpha=0), '--alpha 0'), (dict(k=0), '--k 0.*--eps 0'), (dict(size=18), 'size.*18 / 4'),
     (dict(width=40), 'width.*40 / 16'), (dict(text_heads=3), 'text_heads.*16 / 3'), (dict(batch_size=1), '--batch_size 1'),
     (dict(steps=0), '--steps 0'), (dict(eps_from=.5, eps_to=.2), '--eps_from 0.5'), (dict(lr=0), '--lr 0'),
-    (dict(data='nowhere'), '--data nowhere: no such folder'), (dict(init='nowhere'), 'nowhere is no run'),
+    (dict(data='nowhere'), '--data nowhere: no such folder'), (dict(init='nowhere'), '--init nowhere: no such file or directory'),
     (dict(tokenizer='nowhere'), '--tokenizer nowhere'), (dict(arch='nowhere'), '--arch'),
     (dict(holdout='pink circle'), '--holdout pink circle'), (dict(save_every=0), '--save_every 0'), (dict(context=2), '--context 2'),
     (dict(vocab_size=100), '--vocab_size 100'),

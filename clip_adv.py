@@ -545,7 +545,8 @@ def load_clip(path: str | os.PathLike, size: int | None = None, arch: str = '', 
     if tokens.vocab_size > text['vocab_size'] or text['pool_type'] == 'eos' and tokens.eos != text['eos_id']:
         raise SystemExit(f'error: {path}: the tokenizer has {tokens.vocab_size} ids and ends a text with {tokens.eos}; the model has {text["vocab_size"]}'
                          + f' and looks for {text["eos_id"]}' * (text['pool_type'] == 'eos'))
-    model_cfg = {**config['model_cfg'], 'vision_cfg': dict(config['model_cfg']['vision_cfg']), 'text_cfg': own_tokenizer(config['model_cfg']['text_cfg'], tokens)}
+    model_cfg = {**config['model_cfg'], 'vision_cfg': dict(config['model_cfg'].get('vision_cfg', {})),
+                 'text_cfg': own_tokenizer(config['model_cfg'].get('text_cfg', {}), tokens)}
     if size is not None and size != vision['image_size']:
         model_cfg['vision_cfg']['image_size'], preprocess['size'] = size, None
         complete(model_cfg, preprocess)
@@ -615,6 +616,8 @@ def stored(place: Path, names: list[tuple[str | None, str]]):
                                          'weights are on the hub as openai/clip-vit-…') from None
                     tensors = torch.load(file, map_location='cpu', weights_only=True)
                 tensors = tensors.get('state_dict', tensors)  # a training checkpoint of open_clip
+                if strange := [str(name) for name, w in tensors.items() if not isinstance(w, Tensor)]:
+                    raise ValueError(f'it holds more than weights ({", ".join(strange[:5])})' + '; of a run give the directory' * (file.name in STATE_FILES))
                 for name, w in tensors.items():
                     yield name.removeprefix('module.'), w
         except SystemExit:
@@ -793,7 +796,8 @@ def from_hf_config(place: Path) -> dict:
     if quick != quick2:
         raise SystemExit(f'error: {place}/config.json: one tower has the activation quick_gelu, the other has not; supported: both or neither')
     pool = dict(pool_type='argmax') if text['eos_token_id'] == 2 else dict(pool_type='eos', eos_id=text['eos_token_id'])  # 2: transformers' mark for the older kind
-    text = {**tower, 'heads': text['num_attention_heads'], 'context_length': text['max_position_embeddings'], 'vocab_size': text['vocab_size'], **pool}
+    text = {**tower, 'heads': text['num_attention_heads'], 'context_length': text['max_position_embeddings'], 'vocab_size': text['vocab_size'], **pool,
+            'hf_tokenizer_name': 'tokenizer.json'}  # it lies in the directory
     return {'model_cfg': {'embed_dim': config.get('projection_dim', 512), 'quick_gelu': quick, 'vision_cfg': vision, 'text_cfg': text},
             'preprocess_cfg': from_hf_preprocessor(place, vision['image_size'])[0]}
 
@@ -1049,8 +1053,10 @@ class Run:
         except OSError as e:
             raise SystemExit(f'error: --out {self.out}: {e}') from None
         if not first_step:
-            worth_keeping = any((self.out / name).exists() for name in self.FILES[:3])
-            for file in [self.out / name for name in self.files() if (self.out / name).exists()]:
+            worth_keeping = any((self.out / name).exists() for name in (*self.FILES[:3], 'model.safetensors'))
+            card = all(mark in read_text(self.out / CARD) for name in ('training', 'results') for mark in marks(name))  # a README.md of somebody else stays
+            names = (*self.FILES, *['eval'] * worth_keeping, *[CARD] * card)
+            for file in [self.out / name for name in names if (self.out / name).exists()]:
                 aside = file.with_name(f'replaced_{file.name}')
                 remove(aside if worth_keeping else file)
                 if worth_keeping:
@@ -1102,16 +1108,13 @@ class Run:
     def export(self, step: int) -> None:
         export(self.model, self.tokenizer, self.out)
 
-    def files(self) -> tuple[str, ...]:
-        """What of the directory belongs to the run; somebody else's README.md does not."""
-        ours = all(mark in read_text(self.out / CARD) for name in ('training', 'results') for mark in marks(name))
-        return (*self.FILES, 'eval') + ours * (CARD,)
-
     def write_card(self, step: int) -> None:
         """The model card; what somebody wrote outside of its two marked blocks stays."""
-        blocks = {'training': self.about(step), 'results': results(self.out)}
-        if not rewrite(self.out / CARD, blocks, self.HEADER + f'\n# {self.out.name}\n\n' + '\n\n## Results\n\n'.join('\n'.join(marks(n)) for n in blocks) + '\n'):
-            print(f'note: {self.out / CARD} is not a card of a run (it has no {marks("training")[0]}); it is left as it is', flush=True)
+        with locked(self.out):
+            blocks = {'training': self.about(step), 'results': results(self.out)}
+            new = self.HEADER + f'\n# {self.out.name}\n\n' + '\n\n## Results\n\n'.join('\n'.join(marks(n)) for n in blocks) + '\n'
+            if not rewrite(self.out / CARD, blocks, new) and step == self.steps:
+                print(f'note: {self.out / CARD} is not a card of a run (it has no {marks("training")[0]}); it is left as it is', flush=True)
 
     HEADER = '---\nlibrary_name: open_clip\npipeline_tag: zero-shot-image-classification\ntags:\n- clip\n- adversarial-robustness\n---\n'
 
@@ -1220,6 +1223,23 @@ def common_limits(cfg) -> str:
 
 def marks(name: str) -> tuple[str, str]:
     return f'<!-- {name}: written by the scripts -->', f'<!-- end of {name} -->'
+
+
+@contextlib.contextmanager
+def locked(folder: Path):
+    """One process at a time, where the system knows such locks: several may evaluate a run at once."""
+    place = None
+    try:
+        import fcntl
+        place = os.open(folder, os.O_RDONLY)
+        fcntl.flock(place, fcntl.LOCK_EX)
+    except (ImportError, OSError):
+        pass
+    try:
+        yield
+    finally:
+        if place is not None:
+            os.close(place)
 
 
 def rewrite(file: Path, blocks: dict[str, str], new: str = '') -> bool:

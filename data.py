@@ -1007,7 +1007,7 @@ def tokenizer_of(place: Path, text_cfg: dict) -> Tokenizer:
     sources = [lambda: place]
     if name and name != 'tokenizer.json':  # ours says that the file is in the directory
         sources.append(lambda: fetch(name, f'the tokenizer of {place} is that of {name}, which is not there'))
-    elif not name:
+    elif not name:  # then open_clip takes CLIP's BPE, whatever lies in the directory
         found = importlib.util.find_spec('open_clip')
         sources += [lambda: Path(found.origin).parent] * bool(found)
         sources.append(lambda: fetch('openai/clip-vit-base-patch32', f"the tokenizer of {place} is CLIP's BPE, which is not there (and open_clip, which "
@@ -1016,12 +1016,14 @@ def tokenizer_of(place: Path, text_cfg: dict) -> Tokenizer:
         folder = source()
         names = [Path(text_cfg['vocab_path']).name] if text_cfg['vocab_path'] else []
         for file in [folder / n for n in (*names, *TOKENIZER_FILES)]:
-            if file.is_file() and (file.name != 'vocab.json' or file.with_name('merges.txt').is_file()) and file.name != 'merges.txt':
-                return read_tokenizer(file, context, mode, pool)
-    raise SystemExit(f'error: {place} has no tokenizer: none of {", ".join(TOKENIZER_FILES)}, and it belongs to none that can be found elsewhere')
+            if file.is_file() and (file.name != 'vocab.json' or file.with_name('merges.txt').is_file()):
+                tokenizer = read_tokenizer(file, context, mode, pool)
+                if name or text_cfg['vocab_path'] or tokenizer.vocab_size == CLIP_VOCABULARY:
+                    return tokenizer
+    raise SystemExit(f'error: {place} has no tokenizer of its own: none of {", ".join(TOKENIZER_FILES)}' + f" with CLIP's {CLIP_VOCABULARY} entries" * (not name))
 
 
-TOKENIZER_FILES = ('tokenizer.json', 'vocab.json', 'merges.txt', 'vocab.txt', 'bpe_simple_vocab_16e6.txt.gz')
+TOKENIZER_FILES, CLIP_VOCABULARY = ('tokenizer.json', 'vocab.json', 'vocab.txt', 'bpe_simple_vocab_16e6.txt.gz'), 49408
 
 
 def tokenizer_mode(text_cfg: dict) -> str:

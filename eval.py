@@ -1040,10 +1040,10 @@ def keep(report: dict, args, weights: dict[str, str]) -> None:
         folder, card = Path(path) / 'eval', Path(path) / clip_adv.CARD
         try:
             folder.mkdir(exist_ok=True)
-            clip_adv.write(folder / name, lambda file: file.write_text(json.dumps(own, indent=2), encoding='utf-8'))
-            seen = None
-            while seen != (seen := sorted(folder.glob('*.json'))):  # another evaluation may have added to it meanwhile
-                clip_adv.rewrite(card, {'results': clip_adv.results(Path(path))}) if card.is_file() else None
+            with clip_adv.locked(Path(path)):
+                clip_adv.write(folder / name, lambda file: file.write_text(json.dumps(own, indent=2), encoding='utf-8'))
+                if card.is_file():
+                    clip_adv.rewrite(card, {'results': clip_adv.results(Path(path))})
         except (OSError, SystemExit) as e:
             print(f'warning: not kept in {folder}: {str(e).removeprefix("error: ")}', file=sys.stderr, flush=True)
 

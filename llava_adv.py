@@ -1061,7 +1061,9 @@ def export(model: LLaVA, tokenizer: data.LLMTokenizer, out: Path, max_length: in
     processor = {'processor_class': 'LlavaProcessor', 'patch_size': model.visual.patch, 'vision_feature_select_strategy': 'default',
                  'image_token': data.IMAGE, 'num_additional_image_tokens': 1}
     how, size, pad = model.tower['preprocess_cfg'], model.visual.size, model.tower['geometry'] == 'pad'
-    extra = {'preprocessor_config.json': clip_adv.hf_preprocessor(how, size, 'LlavaProcessor', pad), 'processor_config.json': processor}
+    generation = {'bos_token_id': tokenizer.bos, 'eos_token_id': sorted(ends_of(model.llm, tokenizer)), 'pad_token_id': tokenizer.pad}
+    extra = {'preprocessor_config.json': clip_adv.hf_preprocessor(how, size, 'LlavaProcessor', pad), 'processor_config.json': processor,
+             'generation_config.json': {k: v for k, v in generation.items() if v is not None}}
     for name, content in extra.items():
         clip_adv.write(out / name, lambda file: file.write_text(json.dumps(content, indent=2), encoding='utf-8'))
     save_directory(out, hf_config(model), weights, tokenizer, max_length, chat_template(model, tokenizer))
@@ -1256,7 +1258,7 @@ def load_trained(model: LLaVA, weights: dict[str, Tensor], where: str) -> None:
 
 
 class Run(clip_adv.Run):
-    FILES = (*clip_adv.STATE_FILES, MODEL, 'config.json', 'preprocessor_config.json', 'processor_config.json', 'tokenizer.json', 'tokenizer_config.json',
+    FILES = (*clip_adv.STATE_FILES, MODEL, 'config.json', 'generation_config.json', 'preprocessor_config.json', 'processor_config.json', 'tokenizer.json', 'tokenizer_config.json',
              'chat_template.jinja', 'train_config.json', 'log.jsonl')
 
     def arithmetic(self, plan: list[SubStage], world: int) -> str:

@@ -221,6 +221,7 @@ def test_an_image_that_does_not_decode_ends_with_its_name(run, circles, tmp_path
         zeroshot(run, '--data', tmp_path / 'wds', '--attack', 'none')
 
 
+@pytest.mark.slow
 def test_two_processes_fetch_a_data_set_once(run, circles, tmp_path):
     """--download on two processes: one fetches (here: finds it there), the other waits for it."""
     for label, name in enumerate(('River', 'Forest')):

@@ -115,6 +115,7 @@ def test_resume_after_sigkill_and_of_a_finished_run(parts, whole, tmp_path):
     assert (tmp_path / 'run' / 'model.safetensors').read_bytes() == (whole / 'model.safetensors').read_bytes()
 
 
+@pytest.mark.slow
 def test_easyvqa_with_its_augmentation_is_resumed(parts, tmp_path):
     settings = {k: v for k, v in parts.items() if not k.startswith('data')} | dict(steps_a=1, steps_b=2, save_every=1)
     train(settings, out=tmp_path / 'whole')

@@ -65,6 +65,7 @@ def test_processes_make_the_step_of_one(tmp_path, processes):
     assert quantities(tmp_path / 'r1')[0]['loss_adv'] == pytest.approx(quantities(tmp_path / 'r2')[0]['loss_adv'], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_every_launcher(tmp_path):
     """python, torchrun, torchrun with 2 processes: same samples, so the same curve up to the order of sums."""
     execute([sys.executable, str(SCRIPT), *flags(**TINY, out=tmp_path / 'python')])

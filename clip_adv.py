@@ -511,50 +511,59 @@ def load_clip(path: str | os.PathLike, size: int | None = None, arch: str = '', 
     arch, tokenizer: what a file of weights is, where no open_clip_config.json lies beside it.  what: the flag that named it, for errors.
     """
     if str(path) == Config.out and not Path(path).exists():
-        raise SystemExit(f'error: {what} {path}: no such directory; make it first: python clip_adv.py'.replace(':  ', ': '))
+        raise SystemExit(f'error: {what or "DIR"} {path}: no such directory; make it first: python clip_adv.py')
     place = data.locate(path, what)
-    folder = place if place.is_dir() else place.parent
-    if (folder / 'open_clip_config.json').is_file():
-        if arch or tokenizer:
-            raise SystemExit(f'error: --arch and --tokenizer say what a file of weights is, but {folder}/open_clip_config.json says it already: leave them out')
-        config, names = data.read_json(folder / 'open_clip_config.json', str(path)), None
-        for part in ('model_cfg', 'preprocess_cfg'):
-            if part not in config:
-                raise SystemExit(f'error: {folder}/open_clip_config.json has no "{part}"')
-    elif place.is_file():
-        if not arch:
-            raise SystemExit(f'error: {path}: no open_clip_config.json beside it, so that it is not known what the weights are of: '
-                             f'name open_clip\'s model configuration, --arch FILE.json (or its name, with open_clip installed)')
-        config, names = read_arch(arch), None
-    elif model_type(place) == 'clip':
-        config, names = from_hf_config(place), to_hf
-    else:
-        kind = model_type(place)
-        raise SystemExit(f'error: {path} is no CLIP: no open_clip_config.json, and ' + (
-            f'config.json says {kind!r}' + ' (a LLaVA: what is in it is not a whole CLIP)' * (kind == 'llava') if kind else 'no config.json whose model_type is clip'))
-    whole, preprocess = complete(config['model_cfg'], config['preprocess_cfg'], str(folder))
-    with torch.device('meta'):
-        shapes = {name: w.shape for name, w in CLIP(config['model_cfg'], preprocess).state_dict().items()}
-    weights = dict(stored(place, OPEN_CLIP_FILES if names is None else HF_FILES))
-    if weights.get('logit_scale') is not None:
-        weights['logit_scale'] = weights['logit_scale'].reshape(())  # some have it as a vector of one
-    where = str(place)
-    weights = fitting(weights, shapes, where) if names is None else from_hf(weights, shapes, where)
+    config, hugging_face = description(place, arch, tokenizer)
+    whole, preprocess = complete(config['model_cfg'], config['preprocess_cfg'], str(place))
     vision, text = whole['vision_cfg'], whole['text_cfg']
-    tokens = data.read_tokenizer(tokenizer, text['context_length'], data.tokenizer_mode(text), text['pool_type']) if tokenizer else data.tokenizer_of(folder, text)
+
+    with torch.device('meta'):  # no first weights are drawn, and none are held twice
+        shapes = {name: w.shape for name, w in CLIP(config['model_cfg'], preprocess).state_dict().items()}
+    weights = dict(stored(place, HF_FILES if hugging_face else OPEN_CLIP_FILES))
+    if 'logit_scale' in weights:
+        weights['logit_scale'] = weights['logit_scale'].reshape(())  # some have it as a vector of one
+    weights = (from_hf if hugging_face else fitting)(weights, shapes, str(place))
+
+    if tokenizer:
+        tokens = data.read_tokenizer(tokenizer, text['context_length'], data.tokenizer_mode(text), text['pool_type'])
+    else:
+        tokens = data.tokenizer_of(place if place.is_dir() else place.parent, text)
     if tokens.vocab_size > text['vocab_size'] or text['pool_type'] == 'eos' and tokens.eos != text['eos_id']:
         raise SystemExit(f'error: {path}: the tokenizer has {tokens.vocab_size} ids and ends a text with {tokens.eos}; the model has {text["vocab_size"]}'
                          + f' and looks for {text["eos_id"]}' * (text['pool_type'] == 'eos'))
+
     model_cfg = {**config['model_cfg'], 'vision_cfg': dict(config['model_cfg'].get('vision_cfg', {})),
                  'text_cfg': own_tokenizer(config['model_cfg'].get('text_cfg', {}), tokens)}
     if size is not None and size != vision['image_size']:
         model_cfg['vision_cfg']['image_size'], preprocess['size'] = size, None
         complete(model_cfg, preprocess)
         weights['visual.positional_embedding'] = resize_positions(weights['visual.positional_embedding'], size // vision['patch_size'])
-    with torch.device('meta'):  # no first weights are drawn, and none are held twice
+    with torch.device('meta'):
         model = CLIP(model_cfg, preprocess)
     model.load_state_dict({name: torch.empty(w.shape).copy_(weights.pop(name)) for name, w in model.state_dict().items()}, assign=True)
     return model.eval(), tokens
+
+
+def description(place: Path, arch: str, tokenizer: str) -> tuple[dict, bool]:
+    """({'model_cfg', 'preprocess_cfg'} of open_clip's kind, whether the weights have Hugging Face's names) of a directory or a file of weights"""
+    file = (place if place.is_dir() else place.parent) / 'open_clip_config.json'
+    if (arch or tokenizer) and (place.is_dir() or file.is_file()):
+        raise SystemExit(f'error: --arch and --tokenizer say what a file of weights is; {place} says it of itself: leave them out')
+    if file.is_file():
+        config = data.read_json(file, str(place))
+        if missing := {'model_cfg', 'preprocess_cfg'} - set(config):
+            raise SystemExit(f'error: {file} has no "{min(missing)}"')
+        return config, False
+    if place.is_file():
+        if not arch:
+            raise SystemExit(f'error: {place}: no open_clip_config.json beside it, so that it is not known what the weights are of: '
+                             f'name open_clip\'s model configuration, --arch FILE.json (or its name, with open_clip installed)')
+        return read_arch(arch), False
+    kind = model_type(place)
+    if kind == 'clip':
+        return from_hf_config(place), True
+    raise SystemExit(f'error: {place} is no CLIP: no open_clip_config.json, and ' + (
+        f'config.json says {kind!r}' + ' (a LLaVA: what is in it is not a whole CLIP)' * (kind == 'llava') if kind else 'no config.json whose model_type is clip'))
 
 
 OPEN_CLIP_FILES = [(None, name) for name in ('open_clip_model.safetensors', 'open_clip_pytorch_model.safetensors', 'open_clip_pytorch_model.bin',

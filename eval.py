@@ -1241,6 +1241,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     for flag, least in (('n', 0), ('batch_size', 1), ('queries', 1), ('iterations', 1), ('max_new', 1)):
         if getattr(args, flag, least) < least:
             wrong(f'--{flag} {getattr(args, flag)}: must be at least {least}')
+    if (getattr(args, 'arch', '') or getattr(args, 'tokenizer', '')) and not any(map(os.path.isfile, args.dirs)):
+        wrong('--arch and --tokenizer say what a file of weights is, and directories say it themselves: leave them out')
     if any(not 0 <= size <= 100 for size in getattr(args, 'font', [])):
         wrong(f'--font {" ".join(f"{size:g}" for size in args.font)}: must be in 0 … 100 (% of the image)')
     for flag in ('json', 'plot', 'grid'):
@@ -1264,9 +1266,11 @@ def main(args: argparse.Namespace) -> int:
             report = {'command': shlex.join(['python', 'eval.py', *sys.argv[1:]]), 'commit': clip_adv.commit(), 'versions': clip_adv.versions(),
                       'device': str(device), 'processes': world, 'seed': args.seed, 'seconds': time.time() - started,
                       **{k: v for k, v in vars(args).items() if k in ('data', 'split', 'subset', 'attack', 'native', 'eps')}, **measured}
-            keep(report, args, weights)
-            if args.json:
-                clip_adv.write(Path(args.json), lambda file: file.write_text(json.dumps(report, indent=2), encoding='utf-8'))
+            try:
+                if args.json:
+                    clip_adv.write(Path(args.json), lambda file: file.write_text(json.dumps(report, indent=2), encoding='utf-8'))
+            finally:
+                keep(report, args, weights)
     except data.BadImage as e:
         raise SystemExit(f'error: {e}') from None
     finally:

@@ -148,12 +148,13 @@ def test_a_tower_that_transformers_cannot_express(tmp_path, capsys):
 WORDPIECE = ('[PAD] [bos] [eos] [UNK] [CLS] [SEP] [MASK] a red blue teal circle triangle rect ##angle something else altogether , and much longer : '
              'un ##i 1 ##2 !').split()
 MODELS = ['ViT-B-32-quickgelu', 'ViT-L-14', 'ViT-H-14', 'ViT-L-14-CLIPA', 'ΔCLIP-H/14-336', *(pytest.param(name, marks=pytest.mark.slow) for name in (
-    'ViT-B-32', 'ViT-B-16', 'ViT-L-14-quickgelu', 'ViT-L-14-336', 'ViT-g-14', 'ViT-bigG-14', 'ViT-L-14-CLIPA-336', 'ViT-H-14-CLIPA-336', 'ΔCLIP-L/14-224'))]
+    'ViT-B-32', 'ViT-B-16', 'ViT-B-16-quickgelu', 'ViT-L-14-quickgelu', 'ViT-L-14-336', 'ViT-L-14-336-quickgelu', 'ViT-g-14', 'ViT-bigG-14',
+    'ViT-L-14-CLIPA-336', 'ViT-H-14-CLIPA-336', 'ΔCLIP-L/14-224', 'ΔCLIP-L/14-336'))]
 
 
 def architecture(name, small=True):
     """open_clip's own configuration; small: its depth, its heads' width, two heads."""
-    file = {'ΔCLIP-H/14-336': 'ViT-H-14-CLIPA-336', 'ΔCLIP-L/14-224': 'ViT-L-14-CLIPA'}.get(name, name)
+    file = {'ΔCLIP-H/14-336': 'ViT-H-14-CLIPA-336', 'ΔCLIP-L/14-224': 'ViT-L-14-CLIPA', 'ΔCLIP-L/14-336': 'ViT-L-14-CLIPA-336'}.get(name, name)
     cfg = json.loads((Path(open_clip.__file__).parent / 'model_configs' / f'{file}.json').read_text())
     if name.startswith('Δ'):  # its tokens are [bos] w… [eos] pad… [CLS]
         del cfg['text_cfg']['tokenizer_kwargs']
@@ -355,6 +356,8 @@ def test_files_of_weights(tmp_path, parts):
         with pytest.raises(SystemExit, match=message):
             clip_adv.load_clip(tmp_path / file, arch=str(arch))
     assert not (tmp_path / 'it_ran').exists()
+    with pytest.raises(SystemExit):
+        evaluation.parse(['zeroshot', str(place), '--arch', str(arch)])
     out = tmp_path / 'run'  # and through both command lines
     clip_adv.main(*clip_adv.parse(clip_adv.Config, '', flags(init=tmp_path / 'epoch_3.pt', arch=arch, out=out, steps=1, batch_size=4, eps=0)))
     assert clip_adv.load_clip(out)[0].visual.size == 64

@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import flags
 from PIL import Image
-from test_dropin import architecture, snippets
+from test_dropin import architecture, hugging_face, snippets
 from test_llava import SMALL, llava, saved, tokenizer
 
 import clip_adv
@@ -210,6 +210,16 @@ def test_a_llava_that_does_not_fit(tmp_path):
     (tmp_path / 'config.json').write_text(json.dumps({'model_type': 'llava', 'mm_vision_tower': 'x'}))
     with pytest.raises(SystemExit, match='no text_config, vision_config; expected the format of transformers'):
         llava_adv.load_llava(str(tmp_path))
+
+
+def test_a_clip_of_hugging_face_as_image_tower(tmp_path, parts):
+    """--init of stage 2: its activation, its LayerNorms' ε, its mean and std are kept, and the run opens in transformers."""
+    (tmp_path / 'hf').mkdir()
+    hugging_face(tmp_path / 'hf')
+    llava_adv.main(*clip_adv.parse(llava_adv.Config, '', flags(**{**parts, 'init': tmp_path / 'hf', 'steps_a': 1, 'steps_b': 1, 'out': tmp_path / 'run'})))
+    ours, tok = llava_adv.load_llava(str(tmp_path / 'run'))
+    assert ours.tower['quick_gelu'] and ours.visual.ln_pre.eps == 1e-3 and ours.tower['preprocess_cfg']['mean'][0] == pytest.approx(.48145466)
+    same_answers(ours, tok, *theirs_of(tmp_path / 'run'), ours.style)
 
 
 # -------------------------------------------------------------------------------------------------- the authors' layout

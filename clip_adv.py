@@ -1033,6 +1033,7 @@ def load_state(files: list[Path]) -> dict | None:
 class Run:
     """What happens around a step: first output, log lines, checkpoints, signals. Stage 2 has its own files and says other things."""
     FILES = RUN_FILES
+    HEADER = '---\nlibrary_name: open_clip\npipeline_tag: zero-shot-image-classification\ntags:\n- clip\n- adversarial-robustness\n---\n'
 
     def __init__(self, cfg: Config, model: CLIP, tokenizer: data.Tokenizer, optimizer, rank: int, first_step: int, steps: int):
         self.cfg, self.model, self.tokenizer, self.optimizer, self.rank, self.steps = cfg, model, tokenizer, optimizer, rank, steps
@@ -1124,8 +1125,6 @@ class Run:
             new = self.HEADER + f'\n# {self.out.name}\n\n' + '\n\n## Results\n\n'.join('\n'.join(marks(n)) for n in blocks) + '\n'
             if not rewrite(self.out / CARD, blocks, new) and step == self.steps:
                 print(f'note: {self.out / CARD} is not a card of a run (it has no {marks("training")[0]}); it is left as it is', flush=True)
-
-    HEADER = '---\nlibrary_name: open_clip\npipeline_tag: zero-shot-image-classification\ntags:\n- clip\n- adversarial-robustness\n---\n'
 
     def about(self, step: int) -> str:
         """The card's part that training writes: data, ε, attack, how to load it, limits."""

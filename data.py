@@ -872,6 +872,10 @@ class ChatDataset(torch.utils.data.Dataset):
 
 
 # ------------------------------------------------------------------------------------------------------- tokenizers
+TOKENIZER_CONFIG = {'tokenizer_class': 'PreTrainedTokenizerFast', 'clean_up_tokenization_spaces': False,
+                    'model_input_names': ['input_ids', 'attention_mask']}  # transformers 4 would else hand models token types, which they do not take
+
+
 class Tokenizer:
     """Captions → int64 [n, context]. The layouts, called as open_clip's `tokenizer_mode` and `tokenizer_kwargs` do:
 
@@ -929,8 +933,7 @@ class Tokenizer:
         named = {k: self.backend.id_to_token(v) for k, v in special.items()}
         if not self.backend.get_added_tokens_decoder().get(self.pad) and '[PAD]' != named['pad_token']:
             named['pad_token'] = named['eos_token']  # OpenAI's pads with 0, which is the word "!"; behind the end it makes no difference
-        config = {'tokenizer_class': 'PreTrainedTokenizerFast', 'model_max_length': self.context,
-                  'clean_up_tokenization_spaces': False, **named}
+        config = {**TOKENIZER_CONFIG, 'model_max_length': self.context, **named}
         return {'tokenizer.json': self.backend.to_str(pretty=True), 'tokenizer_config.json': json.dumps(config, indent=2)}
 
 
@@ -1140,7 +1143,7 @@ class LLMTokenizer:
     def files(self, max_length: int, template: str | None = None) -> dict[str, str]:
         """File name → content, such that transformers' AutoTokenizer reads the same tokenizer.   template: instead of its own"""
         template = template or self.chat_template
-        config = {'tokenizer_class': 'PreTrainedTokenizerFast', 'model_max_length': max_length, 'clean_up_tokenization_spaces': False,
+        config = {**TOKENIZER_CONFIG, 'model_max_length': max_length,
                   'bos_token': self.bos_token, 'eos_token': self.eos_token, 'pad_token': self.pad_token, 'image_token': IMAGE}
         files = {'tokenizer.json': self.backend.to_str(pretty=True)}
         if template:

@@ -1,10 +1,11 @@
-"""Evaluation: one sub-command per question. Every command prints a table; --json FILE keeps what it measured.
+"""Evaluation: one sub-command per question. Every command prints a table; --json FILE keeps what it measured, as do RUN/eval/ and the run's card.
 
     python eval.py zeroshot runs/clip runs/clip_adv --eps 4 8          # which class, clean and under attack
     python eval.py retrieval runs/clip_adv --data DIR --eps 4          # image → text and text → image
     python eval.py typographic runs/clip runs/clip_adv                 # a wrong class name written on the image
     python eval.py audit runs/clip_adv runs/clip --eps 8               # is the robustness real, or are gradients masked?
     python eval.py show runs/clip_adv --image cat.jpg --labels 'a cat,a dog'
+    python eval.py zeroshot openai/clip-vit-large-patch14 ...          # models of open_clip and Hugging Face, too: README, "Use it elsewhere"
     torchrun --nproc_per_node 8 -- eval.py zeroshot ...                # the images split over 8 processes, same result
 
 The attack is `ensemble` (attacks.py) unless --attack names a cheaper one. Logits are 100·cos, networks compute in float32,

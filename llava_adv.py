@@ -1020,11 +1020,6 @@ def read_gguf(file: Path):
 
 
 # -------------------------------------------------------------------------------------------------------- LLaVA on disk
-def tower_names(name: str) -> list[str]:
-    """A weight of the ViT in the files: Hugging Face's CLIPVisionModel in a LLaVA, as transformers writes it today."""
-    return [n.replace('vision_model.', 'vision_tower.', 1) for n, _ in clip_adv.to_hf(f'visual.{name}', torch.empty(3))]
-
-
 def hf_config(model: LLaVA) -> dict:
     llm, vision = model.llm, clip_adv.hf_vision(model.tower)
     if clip_adv.vision_not_in_hf(model.tower):  # a model_type that transformers does not know: it stops there, and does not fill in what it misses
@@ -1047,12 +1042,9 @@ def chat_template(model: LLaVA, tokenizer: data.LLMTokenizer) -> str | None:
 
 def export(model: LLaVA, tokenizer: data.LLMTokenizer, out: Path, max_length: int) -> None:
     """The whole model, adapters merged, as a LlavaForConditionalGeneration that transformers opens, with the names that its save_pretrained writes."""
-    weights: dict[str, Tensor] = {}
+    weights, wrong = {}, clip_adv.vision_not_in_hf(model.tower)
     for name, w in model.visual.state_dict().items():
-        if clip_adv.vision_not_in_hf(model.tower):
-            weights[f'vision_tower.{name}'] = w
-        else:
-            weights |= dict(zip(tower_names(name), (part for _, part in clip_adv.to_hf(f'visual.{name}', w))))
+        weights |= {f'vision_tower.{name}': w} if wrong else {n.replace('vision_model.', 'vision_tower.', 1): t for n, t in clip_adv.to_hf(f'visual.{name}', w)}
     weights |= {f'multi_modal_projector.{name}': w for name, w in model.projector.state_dict().items()}
     merged = {f'{name}.weight': m.merged() for name, m in model.llm.named_modules() if isinstance(m, Linear)}
     for name, w in model.llm.state_dict().items():
@@ -1067,7 +1059,7 @@ def export(model: LLaVA, tokenizer: data.LLMTokenizer, out: Path, max_length: in
     for name, content in extra.items():
         clip_adv.write(out / name, lambda file: file.write_text(json.dumps(content, indent=2), encoding='utf-8'))
     save_directory(out, hf_config(model), weights, tokenizer, max_length, chat_template(model, tokenizer))
-    if wrong := clip_adv.vision_not_in_hf(model.tower):
+    if wrong:
         print(f'note: {out}: Hugging Face\'s CLIP cannot express this image tower ({"; ".join(wrong)}), so transformers does not open the directory; '
               f'eval.py, --init and --chat do')
 
@@ -1260,6 +1252,7 @@ def load_trained(model: LLaVA, weights: dict[str, Tensor], where: str) -> None:
 class Run(clip_adv.Run):
     FILES = (*clip_adv.STATE_FILES, MODEL, 'config.json', 'generation_config.json', 'preprocessor_config.json', 'processor_config.json', 'tokenizer.json', 'tokenizer_config.json',
              'chat_template.jinja', 'train_config.json', 'log.jsonl')
+    HEADER = '---\nlibrary_name: transformers\npipeline_tag: image-text-to-text\ntags:\n- llava\n- adversarial-robustness\n---\n'
 
     def arithmetic(self, plan: list[SubStage], world: int) -> str:
         cfg, model = self.cfg, self.model
@@ -1290,8 +1283,6 @@ class Run(clip_adv.Run):
     def export(self, step: int) -> None:
         if step == self.steps:  # gigabytes, for a 7B model: once, at the end
             export(self.model, self.tokenizer, self.out, self.cfg.max_length)
-
-    HEADER = '---\nlibrary_name: transformers\npipeline_tag: image-text-to-text\ntags:\n- llava\n- adversarial-robustness\n---\n'
 
     def about(self, step: int) -> str:
         cfg, name, wrong = self.cfg, self.out.name, clip_adv.vision_not_in_hf(self.model.tower)

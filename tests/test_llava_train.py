@@ -58,6 +58,7 @@ def test_the_whole_step_is_the_same_in_one_process_in_two_and_in_micro_batches(p
         assert row['loss_clean'] == pytest.approx(rows[0]['loss_clean'], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_two_processes_make_the_run_of_one(parts, whole, tmp_path):
     """Both sub-stages, up to the order of sums."""
     settings = dict(parts, batch_a=4, batch_size=6)
@@ -72,6 +73,7 @@ def test_bfloat16_on_a_cpu(parts, whole, tmp_path):
     assert [r['loss_adv'] for r in quantities(tmp_path / 'run')] == pytest.approx([r['loss_adv'] for r in quantities(whole)], rel=.02)
 
 
+@pytest.mark.slow
 def test_a_rank_without_images_does_not_hang(parts, mixed, tmp_path):
     """Its projector and tower take part with a gradient of 0."""
     rows = json.loads(mixed['data'].read_text())

@@ -319,7 +319,7 @@ def main(cfg: Config, given: set[str] | None = None) -> None:
     """Trains. given: the names of the settings that the user chose; default: those that differ from Config's."""
     rank, world, device = start_processes()
     state, cfg = open_run(cfg, given)
-    check_config(cfg, world)
+    check_config(cfg, world, resumed=state is not None)
     all_agree(state['step'] if state else 0, cfg, world)
 
     # ------------------------------------------------------------------------------------ data, model, optimizer
@@ -431,6 +431,13 @@ def complete(model_cfg: dict, preprocess_cfg: dict, place: str = '') -> tuple[di
     cfg['text_cfg'] = fill(cfg['text_cfg'], TEXT, 'text_cfg')
     preprocess = fill(preprocess_cfg, PREPROCESS, 'preprocess_cfg')
     v, t = cfg['vision_cfg'], cfg['text_cfg']
+    for of, name in ((v, 'vision_cfg'), (t, 'text_cfg')):
+        for key in ('image_size', 'patch_size', 'width', 'layers', 'head_width', 'heads', 'context_length', 'vocab_size'):
+            if key in of and (not isinstance(of[key], int) or of[key] < 1):
+                raise SystemExit(f'error: {place}{": " * bool(place)}{name}.{key} is {of[key]!r}; supported: a whole number (a ViT, square images)')
+        for key, inner in (('act_kwargs', 'approximate'), ('norm_kwargs', 'eps')):
+            if unknown := set(of[key] or {}) - {inner}:
+                raise SystemExit(f'error: {place}{": " * bool(place)}{name}.{key}: unknown key {", ".join(sorted(unknown))}; supported: {inner}')
     for value, allowed, where in [
             (v['pool_type'], ('tok', 'avg'), 'vision_cfg.pool_type'),
             (t['pool_type'], ('argmax', 'eos', 'last', 'first'), 'text_cfg.pool_type'),
@@ -520,7 +527,7 @@ def load_clip(path: str | os.PathLike, size: int | None = None, arch: str = '', 
     with torch.device('meta'):  # no first weights are drawn, and none are held twice
         shapes = {name: w.shape for name, w in CLIP(config['model_cfg'], preprocess).state_dict().items()}
     weights = dict(stored(place, HF_FILES if hugging_face else OPEN_CLIP_FILES))
-    if 'logit_scale' in weights:
+    if 'logit_scale' in weights and weights['logit_scale'].numel() == 1:
         weights['logit_scale'] = weights['logit_scale'].reshape(())  # some have it as a vector of one
     weights = (from_hf if hugging_face else fitting)(weights, shapes, str(place))
 
@@ -707,9 +714,9 @@ def to_hf(name: str, w: Tensor) -> list[tuple[str, Tensor]]:
     return [(f'{stem}{BLOCK_NAMES[part]}.{leaf}', w)]
 
 
-def from_hf(weights: dict[str, Tensor], shapes: dict[str, torch.Size], where: str) -> dict[str, Tensor]:
-    """CLIPModel's weights under the names of CLIP, whose shapes are given. Strict, as load_weights is."""
-    parts = {name: to_hf(name, torch.empty(shape, device='meta')) for name, shape in shapes.items()}
+def from_hf(weights: dict[str, Tensor], shapes: dict[str, torch.Size], where: str, tower: str = 'vision_model.') -> dict[str, Tensor]:
+    """CLIPModel's weights under the names of CLIP, whose shapes are given. Strict, as load_weights is.   tower: how the image tower's names begin"""
+    parts = {name: [(n.replace('vision_model.', tower, 1), t) for n, t in to_hf(name, torch.empty(shape, device='meta'))] for name, shape in shapes.items()}
     weights = {n: w for n, w in weights.items() if not n.endswith('.position_ids')}  # older versions saved 0, 1, 2, … as well
     fitting(weights, {n: t.shape for of in parts.values() for n, t in of}, where)
     whole = {name: torch.cat([weights[n] for n, _ in of]) if len(of) > 1 else weights[of[0][0]] for name, of in parts.items()}
@@ -870,13 +877,13 @@ def typed(cfg, given: set[str] | None) -> set[str]:
     return given if given is not None else {f.name for f in dataclasses.fields(cfg) if getattr(cfg, f.name) != f.default}
 
 
-def check_config(cfg: Config, world: int) -> None:
+def check_config(cfg: Config, world: int, resumed: bool = False) -> None:
     """Fills in α; refuses what cannot be meant, with what, value, limit and flag."""
     refuse(wrong_attack(cfg) + [
             (not 0 <= cfg.eps_from <= cfg.eps_to <= 1, f'--eps_from {cfg.eps_from:g} --eps_to {cfg.eps_to:g}: must be '
                                                        f'fractions of the run, 0 ≤ from ≤ to ≤ 1'),
             (not 0 <= cfg.k_from <= 1, f'--k_from {cfg.k_from:g}: must be a fraction of the run, 0 … 1'),
-            (cfg.init and (cfg.tokenizer or cfg.arch) and not Path(cfg.init).is_file(),
+            (cfg.init and (cfg.tokenizer or cfg.arch) and not resumed and Path(cfg.init).is_dir(),
              f'--init {cfg.init} brings its own model and tokenizer: leave --arch and --tokenizer out'),
             (cfg.batch_size < 2, f'--batch_size {cfg.batch_size}: a contrastive loss needs at least 2 pairs'),
             (cfg.batch_size % world, f'--batch_size {cfg.batch_size}: must be divisible by the {world} processes (it is global)'),
@@ -966,8 +973,8 @@ class Clock:
 
 # ------------------------------------------------------------------------------------------------------- run directory
 STATE_FILES, EXPORT = ('train_state.pt', 'previous_train_state.pt'), 'open_clip_model.safetensors'
-RUN_FILES = (*STATE_FILES, EXPORT, 'open_clip_config.json', 'tokenizer.json', 'tokenizer_config.json', 'config.json', 'model.safetensors',
-             'preprocessor_config.json', 'train_config.json', 'log.jsonl')
+RUN_FILES = (*STATE_FILES, EXPORT, 'model.safetensors', 'open_clip_config.json', 'tokenizer.json', 'tokenizer_config.json', 'config.json',
+             'generation_config.json', 'preprocessor_config.json', 'processor_config.json', 'chat_template.jinja', 'train_config.json', 'log.jsonl')  # of both stages
 FREE_ON_RESUME = {'out', 'resume', 'overwrite', 'workers', 'compile', 'log_every', 'save_every'}  # change no result
 
 
@@ -996,7 +1003,11 @@ def open_run(cfg, given: set[str] | None, files: tuple[str, ...] = RUN_FILES) ->
                                      f'out to continue it, or give another --out')
             kept = {n: v for n, v in old.items() if n not in typed(cfg, given) and n not in ('out', 'resume', 'overwrite')}
             cfg = dataclasses.replace(cfg, **kept)
-    elif exists and not cfg.overwrite:
+    ours = any((out / name).exists() for name in (*STATE_FILES, 'train_config.json'))
+    if exists and not ours and not cfg.overwrite:  # such as a model of Hugging Face's
+        raise SystemExit(f'error: --out {out} holds files of a model ({", ".join(n for n in files if (out / n).exists())}) that is no run: give another '
+                         f'--out, or replace them with --overwrite')
+    if not resume and exists and not cfg.overwrite:
         raise SystemExit(f'error: --out {out} holds a run: continue it with --resume, replace it with --overwrite, '
                          f'or give another --out')
     return state, cfg
@@ -1063,9 +1074,10 @@ class Run:
         except OSError as e:
             raise SystemExit(f'error: --out {self.out}: {e}') from None
         if not first_step:
-            worth_keeping = any((self.out / name).exists() for name in (*self.FILES[:3], 'model.safetensors'))
+            worth_keeping = any((self.out / name).exists() for name in self.FILES if name not in ('train_config.json', 'log.jsonl'))
+            a_run = (self.out / 'train_config.json').exists()
             card = all(mark in read_text(self.out / CARD) for name in ('training', 'results') for mark in marks(name))  # a README.md of somebody else stays
-            names = (*self.FILES, *['eval'] * worth_keeping, *[CARD] * card)
+            names = (*self.FILES, *['eval'] * (worth_keeping and a_run), *[CARD] * card)
             for file in [self.out / name for name in names if (self.out / name).exists()]:
                 aside = file.with_name(f'replaced_{file.name}')
                 remove(aside if worth_keeping else file)
@@ -1252,7 +1264,10 @@ def locked(folder: Path):
 
 def rewrite(file: Path, blocks: dict[str, str], new: str = '') -> bool:
     """Puts each block between its marks and leaves the rest of the file as it is; False where the marks are missing.   new: the file if there is none"""
-    text = read_text(file) or new
+    try:
+        text = file.read_bytes().decode('utf-8') if file.is_file() else new
+    except UnicodeDecodeError:  # not written by us, and it must not be damaged
+        return False
     for name, content in blocks.items():
         begin, end = marks(name)
         before, found, rest = text.partition(begin)
@@ -1260,7 +1275,7 @@ def rewrite(file: Path, blocks: dict[str, str], new: str = '') -> bool:
         if not (found and found_end):
             return False
         text = f'{before}{begin}\n\n{content}\n\n{end}{after}'
-    write(file, lambda beside: beside.write_text(text, encoding='utf-8'))
+    write(file, lambda beside: beside.write_bytes(text.encode('utf-8')))
     return True
 
 
@@ -1277,7 +1292,7 @@ def results(out: Path) -> str:
         try:
             report = json.loads(file.read_text(encoding='utf-8'))
             ours = report['weights'] == now
-            rows += [(row, file.name, report['commit']) for row in report['card']] if ours else []
+            rows += [({key: str(row[key]) for key in ('measure', 'data', 'attack', 'clean', 'attacked')}, file.name, report['commit']) for row in report['card']] if ours else []
         except (OSError, ValueError, KeyError, TypeError):
             ours = False
         others += [] if ours else [f'`eval/{file.name}`']

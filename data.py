@@ -1044,7 +1044,7 @@ def tokenizer_from_text(text: str, text_cfg: dict) -> Tokenizer:
 
 
 # -------------------------------------------------------------------------------------------------------------- the hub
-WEIGHTS = (['adapter_model.*', 'non_lora_trainables.bin'], ['open_clip_model.safetensors'], ['open_clip_pytorch_model.bin'],
+WEIGHTS = (['adapter_model.*', 'non_lora_trainables.bin'], ['open_clip_model.safetensors'], ['open_clip_pytorch_model.safetensors'], ['open_clip_pytorch_model.bin'],
            ['model.safetensors', 'model-*.safetensors'], ['pytorch_model*.bin'])  # the first of these that a repository has is fetched
 
 

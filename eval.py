@@ -1032,20 +1032,22 @@ def keep(report: dict, args, weights: dict[str, str]) -> None:
     """Each run's part of the report into RUN/eval/, and from all that is there the results in the run's card. The same measurement again replaces
     its file. If it cannot be written, that is said, and the measurement goes on to where else it is wanted."""
     settings = {k: v for k, v in vars(args).items() if k not in ('run', 'dirs', 'json', 'plot', 'grid', 'quiet', 'batch_size')}
-    number = hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=3).hexdigest()
-    parts = [args.command, *(Path(name).stem for name in getattr(args, 'data', [])), getattr(args, 'split', ''), getattr(args, 'attack', ''), number]
-    name = re.sub(r'[^\w.-]+', '-', '_'.join(part for part in parts if part)) + '.json'
+    settings |= {'data': [str(Path(d).resolve()) if Path(d).exists() else d for d in getattr(args, 'data', [])]}
+    parts = [args.command, *(Path(name).stem for name in getattr(args, 'data', [])), getattr(args, 'split', ''), getattr(args, 'attack', '')]
+    stem = re.sub(r'[^\w.-]+', '-', '_'.join(part for part in parts if part))[:100]
     for path, now in weights.items():
-        rows = [row for row in report['results'] if row['dir'] == path]
-        own = {**report, 'weights': now, 'card': [line for row in rows for line in card_lines(row, args)], 'results': rows}
         folder, card = Path(path) / 'eval', Path(path) / clip_adv.CARD
         try:
+            others = [str(Path(p).resolve()) for p in [*args.dirs, *args.transfer_from] if p != path][:1] if args.command == 'audit' else []  # what it transfers from
+            number = hashlib.blake2b(json.dumps([settings, others], sort_keys=True).encode(), digest_size=3).hexdigest()
+            rows = [row for row in report['results'] if row['dir'] == path]
+            own = {**report, 'weights': now, 'card': [line for row in rows for line in card_lines(row, args)], 'results': rows}
             folder.mkdir(exist_ok=True)
             with clip_adv.locked(Path(path)):
-                clip_adv.write(folder / name, lambda file: file.write_text(json.dumps(own, indent=2), encoding='utf-8'))
-                if card.is_file():
-                    clip_adv.rewrite(card, {'results': clip_adv.results(Path(path))})
-        except (OSError, SystemExit) as e:
+                clip_adv.write(folder / f'{stem}_{number}.json', lambda file: file.write_text(json.dumps(own, indent=2), encoding='utf-8'))
+                if card.is_file() and not clip_adv.rewrite(card, {'results': clip_adv.results(Path(path))}):
+                    print(f'warning: {card} has no {clip_adv.marks("results")[0]} (or is not UTF-8); it is left as it is', file=sys.stderr, flush=True)
+        except (Exception, SystemExit) as e:  # the measurement itself is on the screen and in --json
             print(f'warning: not kept in {folder}: {str(e).removeprefix("error: ")}', file=sys.stderr, flush=True)
 
 
@@ -1242,7 +1244,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     for flag, least in (('n', 0), ('batch_size', 1), ('queries', 1), ('iterations', 1), ('max_new', 1)):
         if getattr(args, flag, least) < least:
             wrong(f'--{flag} {getattr(args, flag)}: must be at least {least}')
-    if (getattr(args, 'arch', '') or getattr(args, 'tokenizer', '')) and not any(map(os.path.isfile, args.dirs)):
+    if (getattr(args, 'arch', '') or getattr(args, 'tokenizer', '')) and not any(map(os.path.isfile, [*args.dirs, *getattr(args, 'transfer_from', [])])):
         wrong('--arch and --tokenizer say what a file of weights is, and directories say it themselves: leave them out')
     if any(not 0 <= size <= 100 for size in getattr(args, 'font', [])):
         wrong(f'--font {" ".join(f"{size:g}" for size in args.font)}: must be in 0 … 100 (% of the image)')

@@ -934,19 +934,19 @@ def load_llm(path: str, dtype: torch.dtype) -> tuple[Llama, data.LLMTokenizer]:
         place = data.locate(path, '--llm')
         config = data.read_json(place / 'config.json', f'--llm {path}')
         tokenizer, weights = data.read_llm_tokenizer(place), clip_adv.stored(place, clip_adv.HF_FILES)
-    complete(config, f'--llm {path}')
+    rows = complete(config, f'--llm {path}')['vocab_size']
     if tokenizer.vocab_size > config.get('vocab_size', 32000):
         config = {**config, 'vocab_size': -(-tokenizer.vocab_size // 64) * 64}  # a multiple of 64 suits matrix units
     with torch.device('meta'):
         llm = Llama(config)
-    fill(llm, weights, dtype, path)
+    fill(llm, weights, dtype, path, rows)
     return llm.eval(), tokenizer
 
 
-def fill(llm: Llama, weights, dtype: torch.dtype, where: str) -> None:
+def fill(llm: Llama, weights, dtype: torch.dtype, where: str, rows: int) -> None:
     """Strict: every parameter (on the meta device) gets its weight, in the dtype; else an error that lists names and shapes.
 
-    Embedding and head may have more rows than their weight: the new ones are its mean, which no token is likelier than.
+    rows: of embedding and head in the file. The model's may have more: the new ones are the mean, which no token is likelier than.
     """
     slots = dict(llm.named_parameters(remove_duplicate=False))
     tied = {'lm_head.weight'} if llm.cfg['tie_word_embeddings'] else set()
@@ -956,7 +956,7 @@ def fill(llm: Llama, weights, dtype: torch.dtype, where: str) -> None:
             wrong += [] if name.endswith('rotary_emb.inv_freq') else [f'{name}: surplus, {tuple(w.shape)}']  # (a buffer of older versions)
             continue
         want = slots[name].shape
-        grown = name.endswith(('embed_tokens.weight', 'lm_head.weight')) and w.ndim == 2 and len(w) < want[0] and w.shape[1] == want[1]
+        grown = name.endswith(('embed_tokens.weight', 'lm_head.weight')) and w.shape == (rows, want[1]) and rows < want[0]
         if w.shape != want and not grown:
             wrong.append(f'{name}: {tuple(w.shape)}, {tuple(want)} expected')
             continue
@@ -968,8 +968,10 @@ def fill(llm: Llama, weights, dtype: torch.dtype, where: str) -> None:
         setattr(llm.get_submodule(owner), leaf, nn.Parameter(filled))
         found.add(name)
     wrong += [f'{name}: missing, {tuple(slots[name].shape)} expected' for name in sorted(set(slots) - found - tied)]
+    if tied <= found and tied and not wrong and not torch.equal(llm.lm_head.weight, llm.model.embed_tokens.weight):
+        wrong.append('lm_head.weight: surplus, since tie_word_embeddings is true, and it is not the embedding')
     if wrong:
-        raise SystemExit(f'error: {where} is of another architecture:\n  ' + '\n  '.join(wrong[:40]) + ('\n  …' if len(wrong) > 40 else ''))
+        raise SystemExit(f'error: {where} is of another architecture:\n  ' + '\n  '.join(wrong))
     llm.tie()
 
 
@@ -1112,25 +1114,30 @@ def load_llava(path: str, dtype: torch.dtype = torch.float32) -> tuple[LLaVA, da
     model = joined(tower, llm, config.get('image_token_index', config.get('image_token_id')), config.get('prompt_style', ''))
     if tokenizer.image != model.image_id:
         raise SystemExit(f'error: {path}: {data.IMAGE} is token {tokenizer.image}, config.json says {model.image_id}')
-    projector, visual = {}, {}
+    projector, visual, tower_name = {}, {}, 'vision_tower.'
 
     def language():
+        nonlocal tower_name
         for name, w in clip_adv.stored(place, clip_adv.HF_FILES):
             name = name.removeprefix('model.') if name.startswith(('model.language_model.', 'model.vision_tower.', 'model.multi_modal_projector.')) else name
             if name.startswith('vision_tower.'):
-                visual[name.removeprefix('vision_tower.').removeprefix('vision_model.')] = w.float()
+                tower_name = 'vision_tower.vision_model.' if name.startswith('vision_tower.vision_model.') else tower_name  # the older name
+                visual[name] = w.float()
             elif name.startswith('multi_modal_projector.'):
-                projector[name.removeprefix('multi_modal_projector.')] = w.float()
+                projector[name] = w.float()
             else:  # the language model; transformers once wrote language_model.layers and lm_head at the top
                 name = name.removeprefix('language_model.')
                 yield name if name.startswith(('model.', 'lm_head.')) else f'model.{name}', w
-    fill(llm, language(), dtype, path)
-    if not clip_adv.vision_not_in_hf(tower):
-        shapes = {f'visual.{name}': w.shape for name, w in model.visual.state_dict().items()}
-        renamed = clip_adv.from_hf({f'vision_model.{n}': w for n, w in visual.items()}, shapes, f'the image tower of {path}')
-        visual = {name.removeprefix('visual.'): w for name, w in renamed.items()}
-    clip_adv.load_weights(model.projector, projector, f'the projector of {path}')
-    clip_adv.load_weights(model.visual, visual, f'the image tower of {path}')
+    fill(llm, language(), dtype, path, text.get('vocab_size', 32000))
+    shapes = {f'multi_modal_projector.{name}': w.shape for name, w in model.projector.state_dict().items()}
+    clip_adv.fitting(projector, shapes, f'the projector of {path}')
+    model.projector.load_state_dict({name.removeprefix('multi_modal_projector.'): w for name, w in projector.items()})
+    shapes = {f'visual.{name}': w.shape for name, w in model.visual.state_dict().items()}
+    if clip_adv.vision_not_in_hf(tower):
+        visual = clip_adv.fitting({n.replace('vision_tower.', 'visual.', 1): w for n, w in visual.items()}, shapes, f'the image tower of {path}')
+    else:
+        visual = clip_adv.from_hf(visual, shapes, f'the image tower of {path}', tower_name)
+    model.visual.load_state_dict({name.removeprefix('visual.'): w for name, w in visual.items()})
     model.ends = ends_of(llm, tokenizer)
     return model.eval(), tokenizer
 
@@ -1180,8 +1187,10 @@ def load_adapters(place: Path, dtype: torch.dtype) -> tuple[LLaVA, data.LLMToken
         else:
             others[name] = w
     clip_adv.fitting(others, {}, f'{place}/non_lora_trainables.bin')
-    visual.pop('proj', None)  # into CLIP's shared space; of no use here
+    proj = visual.pop('proj', None)  # into CLIP's shared space; of no use here
     tower = open_clip_tower(place, config, visual)
+    if proj is not None and (proj.ndim != 2 or len(proj) != tower['vision_cfg']['width']):
+        raise SystemExit(f'error: the image tower of {place} is of another architecture:\n  proj: {tuple(proj.shape)}, ({tower["vision_cfg"]["width"]}, …) expected')
     model = joined(tower, llm, tokenizer.image, 'v1')
     names = {'linear_1': '0', 'linear_2': '2'}
     shapes = {n.replace(ours, theirs): w.shape for n, w in model.projector.state_dict().items() for ours, theirs in names.items() if n.startswith(ours)}
@@ -1250,9 +1259,12 @@ def load_trained(model: LLaVA, weights: dict[str, Tensor], where: str) -> None:
 
 
 class Run(clip_adv.Run):
-    FILES = (*clip_adv.STATE_FILES, MODEL, 'config.json', 'generation_config.json', 'preprocessor_config.json', 'processor_config.json', 'tokenizer.json', 'tokenizer_config.json',
-             'chat_template.jinja', 'train_config.json', 'log.jsonl')
-    HEADER = '---\nlibrary_name: transformers\npipeline_tag: image-text-to-text\ntags:\n- llava\n- adversarial-robustness\n---\n'
+    FILES = (*clip_adv.STATE_FILES, MODEL, *(name for name in clip_adv.RUN_FILES if name not in (*clip_adv.STATE_FILES, MODEL)))
+
+    @property
+    def HEADER(self) -> str:
+        library = '' if clip_adv.vision_not_in_hf(self.model.tower) else 'library_name: transformers\n'
+        return f'---\n{library}pipeline_tag: image-text-to-text\ntags:\n- llava\n- adversarial-robustness\n---\n'
 
     def arithmetic(self, plan: list[SubStage], world: int) -> str:
         cfg, model = self.cfg, self.model

@@ -475,6 +475,45 @@ def test_what_training_does_to_a_card(parts, tmp_path, capsys):
     assert (tmp_path / 'other' / 'eval' / 'mine').exists()
 
 
+@pytest.mark.parametrize('how', [dict(), dict(resume=True)])
+def test_a_folder_with_somebody_elses_model_is_left_alone(tmp_path, how):
+    """Neither --resume nor no flag at all touches it; sharded, too."""
+    hugging_face(tmp_path, max_shard_size='60KB')
+    (tmp_path / 'eval').mkdir()
+    (tmp_path / 'eval' / 'mine.csv').write_text('')
+    before = {f: f.read_bytes() for f in tmp_path.rglob('*') if f.is_file()}
+    with pytest.raises(SystemExit, match='holds files of a model .* that is no run'):
+        clip_adv.main(*clip_adv.parse(clip_adv.Config, '', flags(out=tmp_path, steps=1, **how)))
+    assert {f: f.read_bytes() for f in tmp_path.rglob('*') if f.is_file()} == before
+
+
+def test_cards_and_results_that_others_touched(run, tmp_path, capsys):
+    """Line ends stay; what is not UTF-8, or has lost its marks, is left and said; an incomplete result is named; audits of other transfers are others."""
+    card = run / 'README.md'
+    card.write_bytes(card.read_bytes() + b'by hand\r\n')
+    evaluate('zeroshot', run, '--n', 3, '--attack', 'none')
+    assert card.read_bytes().endswith(b'by hand\r\n')
+    file, = (run / 'eval').iterdir()
+    (run / 'eval' / 'half.json').write_text(json.dumps({**json.loads(file.read_text()), 'card': [{'measure': 'zero-shot accuracy'}]}))
+    assert 'half.json' in clip_adv.results(run).split('other weights')[1]
+    for content in (b'caf\xe9\r\n' + card.read_bytes(), b'no marks'):
+        card.write_bytes(content)
+        evaluate('zeroshot', run, '--n', 3, '--attack', 'none')
+        assert card.read_bytes() == content and 'it is left as it is' in capsys.readouterr().err
+    other = shutil.copytree(run, tmp_path / 'other')
+    for words in ([run], [run, other]):
+        evaluate('audit', *words, '--n', 3, '--queries', 2)
+    assert len(list((run / 'eval').glob('audit*'))) == 2
+
+
+@pytest.mark.parametrize('change, message', [
+    (dict(vision_cfg=dict(layers=[3, 4, 6, 3], patch_size=None)), r'vision_cfg.patch_size is None'), (dict(vision_cfg=dict(image_size=[224, 224])), 'vision_cfg.image_size is'),
+    (dict(vision_cfg=dict(act_kwargs={'foo': 1})), 'vision_cfg.act_kwargs: unknown key foo'), (dict(text_cfg=dict(norm_kwargs={'eps': 1e-6, 'bias': False})), 'text_cfg.norm_kwargs: unknown key bias')])
+def test_configurations_that_cannot_be_obeyed(change, message):
+    with pytest.raises(SystemExit, match=message):
+        clip_adv.complete(change, {})
+
+
 # --------------------------------------------------------------------------------------------------------------- README
 def snippets(text):
     return re.findall(r'```python\n(.*?)```', text, re.S)

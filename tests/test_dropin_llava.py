@@ -195,12 +195,23 @@ def test_a_llava_that_does_not_fit(tmp_path):
     del weights['vision_tower.encoder.layers.0.self_attn.q_proj.weight']
     weights['vision_tower.more'] = torch.zeros(3)
     save_file(weights, tmp_path / 'model.safetensors')
-    with pytest.raises(SystemExit, match=r'(?s)image tower of .*vision_model.encoder.layers.0.self_attn.q_proj.weight: missing, \(32, 32\) expected.*vision_model.more: surplus'):
+    with pytest.raises(SystemExit, match=r'(?s)image tower of .*\n  vision_tower.encoder.layers.0.self_attn.q_proj.weight: missing, \(32, 32\) expected.*\n  vision_tower.more: surplus'):
         llava_adv.load_llava(str(tmp_path))
     save_file({n: w for n, w in whole.items() if n != 'multi_modal_projector.linear_1.bias'}, tmp_path / 'model.safetensors')
-    with pytest.raises(SystemExit, match=r'projector of .*\n  linear_1.bias: missing, \(48,\) expected'):
+    with pytest.raises(SystemExit, match=r'projector of .*\n  multi_modal_projector.linear_1.bias: missing, \(48,\) expected'):
         llava_adv.load_llava(str(tmp_path))
+    for change, message in [(lambda w: w | {'language_model.lm_head.weight': w['language_model.lm_head.weight'][:7].clone()}, r'lm_head.weight: \(7, 48\), \(384, 48\) expected'),
+                            (lambda w: {n: t for n, t in w.items() if 'layers.1.mlp.up_proj' not in n or 'vision' in n}, 'model.layers.1.mlp.up_proj.weight: missing'),
+                            (lambda w: w | {'language_model.model.more': torch.zeros(2)}, 'model.more: surplus')]:
+        save_file(change(dict(whole)), tmp_path / 'model.safetensors')
+        with pytest.raises(SystemExit, match=message):
+            llava_adv.load_llava(str(tmp_path))
     save_file(whole, tmp_path / 'model.safetensors')
+    tied = json.loads((tmp_path / 'config.json').read_text())
+    (tmp_path / 'config.json').write_text(json.dumps(dict(tied, tie_word_embeddings=True)))  # but the file has a head of its own
+    with pytest.raises(SystemExit, match='lm_head.weight: surplus, since tie_word_embeddings is true'):
+        llava_adv.load_llava(str(tmp_path))
+    (tmp_path / 'config.json').write_text(json.dumps(tied))
     config = json.loads((tmp_path / 'config.json').read_text())
     for change, message in [(dict(vision_feature_layer=-1), 'vision_feature_layer -1'), (dict(vision_feature_select_strategy='full'), 'select_strategy full'),
                             (dict(vision_config={'model_type': 'siglip_vision_model'}), 'siglip_vision_model'), (dict(image_token_index=5), '<image> is token')]:

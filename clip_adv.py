@@ -1005,7 +1005,7 @@ def open_run(cfg, given: set[str] | None, files: tuple[str, ...] = RUN_FILES) ->
             cfg = dataclasses.replace(cfg, **kept)
     ours = any((out / name).exists() for name in (*STATE_FILES, 'train_config.json'))
     if exists and not ours and not cfg.overwrite:  # such as a model of Hugging Face's
-        raise SystemExit(f'error: --out {out} holds files of a model ({", ".join(n for n in files if (out / n).exists())}) that is no run: give another '
+        raise SystemExit(f'error: --out {out} holds a model ({", ".join(n for n in files if (out / n).exists())}) that is no run: give another '
                          f'--out, or replace them with --overwrite')
     if not resume and exists and not cfg.overwrite:
         raise SystemExit(f'error: --out {out} holds a run: continue it with --resume, replace it with --overwrite, '

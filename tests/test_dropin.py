@@ -482,7 +482,7 @@ def test_a_folder_with_somebody_elses_model_is_left_alone(tmp_path, how):
     (tmp_path / 'eval').mkdir()
     (tmp_path / 'eval' / 'mine.csv').write_text('')
     before = {f: f.read_bytes() for f in tmp_path.rglob('*') if f.is_file()}
-    with pytest.raises(SystemExit, match='holds files of a model .* that is no run'):
+    with pytest.raises(SystemExit, match='holds a model .* that is no run'):
         clip_adv.main(*clip_adv.parse(clip_adv.Config, '', flags(out=tmp_path, steps=1, **how)))
     assert {f: f.read_bytes() for f in tmp_path.rglob('*') if f.is_file()} == before
 

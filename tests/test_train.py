@@ -219,7 +219,7 @@ def test_non_finite_loss_stops_and_keeps_the_checkpoint(tmp_path):
     (dict(tokenizer='nowhere'), '--tokenizer nowhere'), (dict(arch='nowhere'), '--arch'),
     (dict(holdout='pink circle'), '--holdout pink circle'), (dict(save_every=0), '--save_every 0'), (dict(context=2), '--context 2'),
     (dict(vocab_size=100), '--vocab_size 100'),
-    (dict(init='a', tokenizer='b'), '--init a brings its own')])
+    (dict(init='.', tokenizer='b'), '--init . brings its own'), (dict(init='a', tokenizer='b'), '--init a: no such file')])
 def test_bad_settings(tmp_path, settings, message):
     with pytest.raises(SystemExit, match=message):
         train(out=tmp_path / 'run', **settings)

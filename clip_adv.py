@@ -399,7 +399,7 @@ def main(cfg: Config, given: set[str] | None = None) -> None:
                     attack_ms=attack_ms, train_ms=train_ms)
         run.save_or_leave(step + 1, (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps, bar, world, device)
     bar.close()
-    wrong = not_in_hf(complete(model.model_cfg, {})[0] | {'preprocess_cfg': model.preprocess_cfg}, tokenizer)
+    wrong = not_in_hf(whole_of(model), tokenizer)
     run.finish(f'{cfg.out} opens in open_clip as local-dir:{cfg.out}' + (f' (but not in transformers, whose CLIPModel cannot be this model: {"; ".join(wrong)})'
                if wrong else f' and in transformers as {cfg.out}') + f'; measure it with: python eval.py zeroshot {cfg.out}')
 
@@ -422,9 +422,11 @@ OUR_PREPROCESS = dict(mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225], int
 
 def complete(model_cfg: dict, preprocess_cfg: dict, place: str = '') -> tuple[dict, dict]:
     """open_clip's configuration with its defaults filled in. A key or a value that we would not obey is an error.   place: where it lies, for that"""
+    at = f'error: {place}: ' if place else 'error: '
+
     def fill(given: dict, defaults: dict, where: str) -> dict:
         if unknown := sorted(set(given) - set(defaults)):
-            raise SystemExit(f'error: {place}{": " * bool(place)}{where}: unknown key {", ".join(unknown)}; supported: {", ".join(defaults)}')
+            raise SystemExit(f'{at}{where}: unknown key {", ".join(unknown)}; supported: {", ".join(defaults)}')
         return {**defaults, **given}
     cfg = fill(model_cfg, dict(embed_dim=512, vision_cfg={}, text_cfg={}, quick_gelu=False), 'model_cfg')
     cfg['vision_cfg'] = fill(cfg['vision_cfg'], VISION, 'vision_cfg')
@@ -434,10 +436,10 @@ def complete(model_cfg: dict, preprocess_cfg: dict, place: str = '') -> tuple[di
     for of, name in ((v, 'vision_cfg'), (t, 'text_cfg')):
         for key in ('image_size', 'patch_size', 'width', 'layers', 'head_width', 'heads', 'context_length', 'vocab_size'):
             if key in of and (not isinstance(of[key], int) or of[key] < 1):
-                raise SystemExit(f'error: {place}{": " * bool(place)}{name}.{key} is {of[key]!r}; supported: a whole number (a ViT, square images)')
+                raise SystemExit(f'{at}{name}.{key} is {of[key]!r}; supported: a whole number (a ViT, square images)')
         for key, inner in (('act_kwargs', 'approximate'), ('norm_kwargs', 'eps')):
             if unknown := set(of[key] or {}) - {inner}:
-                raise SystemExit(f'error: {place}{": " * bool(place)}{name}.{key}: unknown key {", ".join(sorted(unknown))}; supported: {inner}')
+                raise SystemExit(f'{at}{name}.{key}: unknown key {", ".join(sorted(unknown))}; supported: {inner}')
     for value, allowed, where in [
             (v['pool_type'], ('tok', 'avg'), 'vision_cfg.pool_type'),
             (t['pool_type'], ('argmax', 'eos', 'last', 'first'), 'text_cfg.pool_type'),
@@ -452,6 +454,12 @@ def complete(model_cfg: dict, preprocess_cfg: dict, place: str = '') -> tuple[di
         if value % divisor:
             raise SystemExit(f'error: the {what}: {value} / {divisor}')
     return cfg, preprocess
+
+
+def whole_of(model: CLIP) -> dict:
+    """All that a CLIP is made of: model_cfg with its defaults, and preprocess_cfg in it."""
+    whole, preprocess = complete(model.model_cfg, model.preprocess_cfg)
+    return whole | {'preprocess_cfg': preprocess}
 
 
 def create(model_cfg: dict, preprocess_cfg: dict, seed: int = 0) -> CLIP:
@@ -676,7 +684,7 @@ def export(model: CLIP, tokenizer: data.Tokenizer, out: Path) -> None:
     for name, text in files.items():
         write(out / name, lambda file: file.write_text(text, encoding='utf-8'))
     write(out / EXPORT, lambda file: save_file(weights, file, metadata={'format': 'pt'}))
-    whole = complete(model.model_cfg, model.preprocess_cfg)[0] | {'preprocess_cfg': model.preprocess_cfg}
+    whole = whole_of(model)
     (out / 'config.json').unlink(missing_ok=True)  # it comes back last: where it is, the rest is there and belongs to it
     if not_in_hf(whole, tokenizer):
         return
@@ -736,7 +744,7 @@ def vision_not_in_hf(whole: dict) -> list[str]:
 
 
 def not_in_hf(whole: dict, tokenizer: data.Tokenizer) -> list[str]:
-    """What keeps Hugging Face's CLIPModel from being this CLIP; nothing: it can be.   whole: see complete; 'preprocess_cfg' in it"""
+    """What keeps Hugging Face's CLIPModel from being this CLIP; nothing: it can be.   whole: see whole_of"""
     v, t = whole['vision_cfg'], whole['text_cfg']
     eos = t['eos_id'] if t['pool_type'] == 'eos' else tokenizer.eos
     return vision_not_in_hf(whole) + ['its patches are averaged'] * (v['pool_type'] == 'avg') + ['the text tower has no causal mask'] * t['no_causal_mask'] + [
@@ -781,6 +789,12 @@ HF_TEXT = {'hidden_size': 512, 'intermediate_size': 2048, 'num_hidden_layers': 1
            'vocab_size': 49408, 'hidden_act': 'quick_gelu', 'layer_norm_eps': 1e-5, 'eos_token_id': 49407}
 
 
+def mlp_ratio(hidden: int, width: int) -> float:
+    """The ratio that Block makes this hidden width of: it cuts the product and does not round it."""
+    ratio = hidden / width
+    return ratio if int(width * ratio) == hidden else math.nextafter(ratio, math.inf)
+
+
 def from_hf_tower(config: dict, where: str) -> tuple[dict, bool]:
     """(what vision_cfg and text_cfg have in common, quick_gelu) of a vision_config or text_config"""
     acts = {'quick_gelu': None, 'gelu': None, 'gelu_pytorch_tanh': {'approximate': 'tanh'}}
@@ -789,9 +803,7 @@ def from_hf_tower(config: dict, where: str) -> tuple[dict, bool]:
     act, eps, heads = acts[config['hidden_act']], config['layer_norm_eps'], config['num_attention_heads']
     if config['hidden_size'] % heads:
         raise SystemExit(f'error: {where}/config.json: {heads} heads do not divide the width {config["hidden_size"]}')
-    ratio = config['intermediate_size'] / config['hidden_size']
-    ratio = ratio if int(config['hidden_size'] * ratio) == config['intermediate_size'] else math.nextafter(ratio, math.inf)  # it is cut, not rounded
-    return {'width': config['hidden_size'], 'layers': config['num_hidden_layers'], 'mlp_ratio': ratio,
+    return {'width': config['hidden_size'], 'layers': config['num_hidden_layers'], 'mlp_ratio': mlp_ratio(config['intermediate_size'], config['hidden_size']),
             **({'act_kwargs': act} if act else {}), **({'norm_kwargs': {'eps': eps}} if eps != 1e-5 else {})}, config['hidden_act'] == 'quick_gelu'
 
 
@@ -1140,8 +1152,7 @@ class Run:
 
     def about(self, step: int) -> str:
         """The card's part that training writes: data, ε, attack, how to load it, limits."""
-        whole = complete(self.model.model_cfg, {})[0] | {'preprocess_cfg': self.model.preprocess_cfg}
-        name, missing, side = self.out.name, not_in_hf(whole, self.tokenizer), self.model.visual.size
+        name, missing, side = self.out.name, not_in_hf(whole_of(self.model), self.tokenizer), self.model.visual.size
         kind = 'on adversarial images only' if self.cfg.eps else 'on clean images, as the baseline of one trained on adversarial images'
         load = snippet(OPEN_CLIP_SNIPPET, name) + '\n'
         load += f'transformers does not open it, since its CLIPModel cannot be this model: {"; ".join(missing)}.' if missing else \
@@ -1283,11 +1294,16 @@ def read_text(file: Path) -> str:
     return file.read_text(encoding='utf-8', errors='replace') if file.is_file() else ''
 
 
+def weights_of(out: Path) -> Path:
+    """The file of the weights that are measured, of a run of either stage."""
+    return out / (EXPORT if (out / EXPORT).is_file() else 'model.safetensors')
+
+
 def results(out: Path) -> str:
     """The card's table: all that out/eval holds about the weights that are there now."""
     files, rows, others = sorted((out / 'eval').glob('*.json')), [], []
-    weights = next(name for name in MEASURES if (out / name).is_file() or name == 'model.safetensors')
-    now = digest(out / weights) if files else ''
+    weights = weights_of(out)
+    now = digest(weights) if files else ''
     for file in files:
         try:
             report = json.loads(file.read_text(encoding='utf-8'))
@@ -1297,7 +1313,7 @@ def results(out: Path) -> str:
             ours = False
         others += [] if ours else [f'`eval/{file.name}`']
     lines = ['| | data | attack | unperturbed | under attack | details, commit |', '|---|---|---|---|---|---|']
-    for measure in MEASURES[weights]:
+    for measure in MEASURES[weights.name]:
         found = [f'| {measure} | {r["data"]} | {r["attack"]} | {r["clean"]} | {r["attacked"]} | [eval/{name}](eval/{name}), {commit} |'
                  for r, name, commit in rows if r['measure'] == measure]
         lines += found or [f'| {measure} | | | not measured | not measured | |']

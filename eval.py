@@ -1022,10 +1022,10 @@ def chunks(items: list, size: int):
 
 
 # ======================================================================================================== the model card
-def weights_of(dirs: list[str]) -> dict[str, str]:
+def digests(dirs: list[str]) -> dict[str, str]:
     """{run directory: digest of its weights}, of those of DIRS that our training wrote; into others nothing is written."""
     runs = [path for path in dict.fromkeys(dirs) if (Path(path) / 'train_config.json').is_file()]
-    return {path: clip_adv.digest(Path(path) / next(n for n in clip_adv.MEASURES if (Path(path) / n).is_file() or n == llava_adv.MODEL)) for path in runs}
+    return {path: clip_adv.digest(clip_adv.weights_of(Path(path))) for path in runs}
 
 
 def keep(report: dict, args, weights: dict[str, str]) -> None:
@@ -1053,7 +1053,7 @@ def keep(report: dict, args, weights: dict[str, str]) -> None:
 
 def card_lines(row: dict, args) -> list[dict]:
     """What the card shows of a row of results."""
-    at = lambda values, scale=1: ', '.join(f'ε = {eps}: {percent(scale * v)}' for eps, v in values.items()) or 'not measured'
+    at = lambda values: ', '.join(f'ε = {eps}: {percent(v)}' for eps, v in values.items()) or 'not measured'
     line = lambda measure, clean, attacked, attack=None, more='': {
         'measure': measure, 'data': f'{Path(row["data"]).name} {args.split}{more}, n = {row["n"]}', 'clean': clean, 'attacked': attacked,
         'attack': attack if attack is not None else getattr(args, 'attack', '') + ' on native pixels' * args.native}
@@ -1262,7 +1262,7 @@ def main(args: argparse.Namespace) -> int:
     started = time.time()
     rank, world, device = clip_adv.start_processes(timedelta(days=7))  # one rank may have the harder images
     try:
-        weights = weights_of(args.dirs) if rank == 0 else {}  # before: a training may save others meanwhile
+        weights = digests(args.dirs) if rank == 0 else {}  # before: a training may save others meanwhile
         measured = args.run(args, rank, world, device)
         code = measured.pop('exit', 0)
         if rank == 0:

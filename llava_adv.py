@@ -770,8 +770,8 @@ def build(cfg: Config, state: dict | None, rank: int, device: torch.device) -> t
 
 def tower_of(clip: clip_adv.CLIP) -> dict:
     """What LLaVA.tower holds, of a CLIP."""
-    whole, preprocess = clip_adv.complete(clip.model_cfg, clip.preprocess_cfg)
-    return {**{k: whole[k] for k in ('vision_cfg', 'embed_dim', 'quick_gelu')}, 'preprocess_cfg': preprocess}
+    whole = clip_adv.whole_of(clip)
+    return {k: whole[k] for k in ('vision_cfg', 'embed_dim', 'quick_gelu', 'preprocess_cfg')}
 
 
 def make_tower(tower: dict) -> clip_adv.ViT:
@@ -1214,11 +1214,10 @@ def open_clip_tower(place: Path, config: dict, weights: dict[str, Tensor]) -> di
         width, _, patch, _ = weights['conv1.weight'].shape
         head = {1280: 80, 1408: 88, 1664: 104, 1792: 112}.get(width, 64)
         hidden = len(weights['transformer.resblocks.0.mlp.c_fc.weight'])
-        ratio = hidden / width
         bare = 'ln_pre.weight' not in weights
         vision = clip_adv.VISION | dict(width=width, patch_size=patch, image_size=math.isqrt(len(weights['positional_embedding']) - 1) * patch, head_width=head,
                                         layers=1 + max(int(n.split('.')[2]) for n in weights if n.startswith('transformer.resblocks.')), no_ln_pre=bare,
-                                        mlp_ratio=ratio if int(width * ratio) == hidden else math.nextafter(ratio, math.inf))
+                                        mlp_ratio=clip_adv.mlp_ratio(hidden, width))
         quick = 'quickgelu' in str(config.get('mm_vision_tower', '')).lower()
         how = clip_adv.OUR_PREPROCESS  # official: Open-LLaVA-NeXT/clip_preprocess/bv336/preprocessor_config.json
         print(f'note: {place} does not say what its image tower is; taken from its weights: {width} wide, heads of {head}, {vision["layers"]} blocks, '

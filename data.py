@@ -8,6 +8,7 @@
 `python data.py` prints what the easy-VQA captions are derived from. Everything random here is a function of
 (seed, number of the sample in the stream), never of a rank, a worker or a batch size.
 """
+import fnmatch
 import functools
 import gzip
 import hashlib
@@ -1067,15 +1068,18 @@ def is_repository(name: str | os.PathLike) -> bool:
 def fetch(name: str, what: str, weights: tuple | list = ()) -> Path:
     """A repository of Hugging Face's hub → the folder it was fetched into (~/.cache/huggingface): its small files and the first group of
     weights that it has. What is there already is not fetched again; HF_HUB_OFFLINE=1 keeps it from asking."""
-    small = ['*.json', '*.jinja', '*.txt', 'tokenizer.model']
+    wanted = ['*.json', '*.jinja', '*.txt', 'tokenizer.model']
     try:
-        from huggingface_hub import snapshot_download
-        place = Path(snapshot_download(name, allow_patterns=small))
-        for group in weights:
-            snapshot_download(name, allow_patterns=list(group))
-            if any(any(place.glob(pattern)) for pattern in group):
-                break
-        return place
+        from huggingface_hub import HfApi, snapshot_download
+        try:
+            files = HfApi().list_repo_files(name)
+        except Exception as e:  # the hub's or its transport's, of many kinds: what was fetched before will do
+            try:
+                return Path(snapshot_download(name, allow_patterns=wanted, local_files_only=True))
+            except Exception:
+                raise e from None  # says more than that nothing was fetched before
+        wanted += next((group for group in weights if any(fnmatch.filter(files, pattern) for pattern in group)), [])
+        return Path(snapshot_download(name, allow_patterns=wanted))
     except ImportError:
         raise SystemExit(f'error: {what}; to fetch it from the hub: pip install huggingface_hub') from None
     except Exception as e:  # the hub's, its transport's and the system's

@@ -1,11 +1,14 @@
 """Stage 1 beside the libraries: what we write opens in open_clip and transformers, what they write opens here; values, gradients, pixels."""
+import hashlib
+import http.server
 import json
 import os
 import pickle
 import re
 import shutil
-import subprocess
 import sys
+import threading
+import urllib.parse
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +16,7 @@ import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, environment, execute, flags
+from conftest import ROOT, execute, flags
 from PIL import Image
 
 import clip_adv
@@ -364,26 +367,86 @@ def test_files_of_weights(tmp_path, parts):
     evaluation.main(evaluation.parse(['zeroshot', str(tmp_path / 'epoch_3.pt'), str(out), '--arch', str(arch), '--n', '2', '--eps', '--quiet']))
 
 
-def cached(home, name, place):
-    """A repository in the hub's cache, as huggingface_hub leaves it there."""
-    at = home / 'hub' / f'models--{name.replace("/", "--")}'
-    (at / 'refs').mkdir(parents=True)
-    (at / 'refs' / 'main').write_text('0' * 40)
-    shutil.copytree(place, at / 'snapshots' / ('0' * 40))
+class Hub(http.server.BaseHTTPRequestHandler):
+    """What huggingface_hub asks of a hub: who is at main, what files that has, and these."""
+    repositories, served = {}, []  # {id: folder};  (id, file) in the order of the downloads
+    commit = '0' * 40
+
+    def do_GET(self):
+        path = urllib.parse.unquote(urllib.parse.urlsplit(self.path).path)
+        place, name, kind, file = self.find(path)
+        if place is None:
+            return self.answer(404, b'{}', {'X-Error-Code': 'RepoNotFound'})
+        files = sorted(p for p in place.rglob('*') if p.is_file())
+        if kind == 'revision':
+            return self.answer(200, json.dumps({'id': name, 'sha': self.commit, 'siblings': [{'rfilename': str(p.relative_to(place))} for p in files]}).encode())
+        if kind == 'tree':
+            return self.answer(200, json.dumps([{'type': 'file', 'path': str(p.relative_to(place)), 'size': p.stat().st_size, 'oid': self.tag(p)}
+                                                for p in files]).encode())
+        if not (place / file).is_file():
+            return self.answer(404, b'', {'X-Error-Code': 'EntryNotFound'})
+        if self.command == 'GET':
+            self.served.append((name, file))
+        self.answer(200, (place / file).read_bytes(), {'ETag': f'"{self.tag(place / file)}"', 'X-Repo-Commit': self.commit})
+
+    do_HEAD = do_GET
+
+    def find(self, path):
+        for name, place in self.repositories.items():
+            if found := re.fullmatch(rf'(?:/api/models)?/{name}/(revision|tree|resolve)/[^/]+/?(.*)', path):
+                return place, name, *found.groups()
+        return None, None, None, None
+
+    def tag(self, file):
+        return hashlib.sha1(file.read_bytes()).hexdigest()
+
+    def answer(self, status, body, headers={}):
+        self.send_response(status)
+        for key, value in {'Content-Length': str(len(body)), 'Content-Type': 'application/json', **headers}.items():
+            self.send_header(key, value)
+        self.end_headers()
+        if self.command == 'GET':
+            self.wfile.write(body)
+
+    def log_message(self, *_):
+        pass
 
 
 def test_repositories_of_the_hub(tmp_path, whole, run):
-    """By their ids, through huggingface_hub, here from its cache; one that is not there is an error that says so."""
+    """By their ids, through huggingface_hub, from a hub of our own and then, without it, from its cache: each with the weights that are
+    read and no others; one that is not there is an error that says so."""
     hugging_face(tmp_path / 'hf')
-    cached(tmp_path, 'org/clip-hf', tmp_path / 'hf')
-    cached(tmp_path, 'org/clip', run)
-    cached(tmp_path, 'org/llava', whole)
-    code = ('import clip_adv, llava_adv\nprint(clip_adv.load_clip("org/clip-hf")[0].visual.size, clip_adv.load_clip("hf-hub:org/clip")[0].visual.size, '
-            'llava_adv.is_llava("org/llava"), llava_adv.load_llava("org/llava")[0].image_tokens)\nclip_adv.load_clip("nobody/nothing")')
-    done = subprocess.run([sys.executable, '-c', code], env=environment(HF_HOME=str(tmp_path), HF_HUB_OFFLINE='1'), capture_output=True, text=True)
-    assert done.stdout.splitlines()[-1] == '32 16 True 16', done.stderr
-    assert done.returncode == 1 and 'error: nobody/nothing: no such file or directory, and fetching nobody/nothing from the hub failed' in done.stderr
-    assert 'Traceback' not in done.stderr
+    for name in ('pytorch_model.bin', 'tf_model.h5'):
+        (tmp_path / 'hf' / name).write_bytes(b'not to be fetched')
+    shutil.copytree(tmp_path / 'hf', tmp_path / 'bare', ignore=lambda place, names: [n for n in names if not n.endswith('.json')])
+    Hub.repositories, Hub.served = {'org/clip-hf': tmp_path / 'hf', 'org/clip': run, 'org/llava': whole, 'org/bare': tmp_path / 'bare'}, []
+    weights = {('org/clip-hf', 'model.safetensors'), ('org/clip', 'open_clip_model.safetensors'), ('org/llava', 'model.safetensors')}
+    for name, wanted, others in (('org/adapters', ['adapter_model.bin', 'non_lora_trainables.bin'], ['optimizer.pt', 'training_args.bin']),
+                                 ('org/old', ['open_clip_pytorch_model.bin'], ['pytorch_model.bin']),
+                                 ('org/shards', ['model-00001-of-00002.safetensors', 'model-00002-of-00002.safetensors'], ['pytorch_model-00001-of-00001.bin'])):
+        Hub.repositories[name] = tmp_path / name
+        (tmp_path / name).mkdir(parents=True)
+        for file in wanted + others:
+            (tmp_path / name / file).write_text(name + file)
+        weights |= {(name, file) for file in wanted}
+    code = ('import clip_adv, data, llava_adv\nfor name in "adapters", "old", "shards": data.locate("org/" + name)\n'
+            'print(clip_adv.load_clip("org/clip-hf")[0].visual.size, clip_adv.load_clip("hf-hub:org/clip")[0].visual.size, '
+            'llava_adv.is_llava("org/llava"), llava_adv.load_llava("org/llava")[0].image_tokens)\n'
+            'for wrong in ("org/bare", "nobody/nothing"):\n  try: clip_adv.load_clip(wrong)\n  except SystemExit as e: print(e)')
+    server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    settings = dict(HF_HOME=str(tmp_path / 'home'), HF_ENDPOINT=f'http://127.0.0.1:{server.server_port}', HF_HUB_DISABLE_XET='1', NO_PROXY='*', no_proxy='*')
+    try:
+        online = execute([sys.executable, '-c', code], **settings, HF_HUB_OFFLINE='0')
+    finally:
+        server.shutdown(), server.server_close()
+    assert {f for f in Hub.served if Path(f[1]).suffix not in ('.json', '.jinja', '.txt')} == weights
+    assert len(Hub.served) == len(set(Hub.served))  # nothing twice
+    offline = execute([sys.executable, '-c', code], **settings, HF_HUB_OFFLINE='1')
+    for said in (online, offline):
+        assert '32 16 True 16\n' in said and 'Traceback' not in said, said
+        assert re.search(r'error: .*bare.* has no weights: none of model.safetensors', said), said
+        assert 'error: nobody/nothing: no such file or directory, and fetching nobody/nothing from the hub failed' in said, said
     for wrong in ('runs/nothing', str(tmp_path / 'a' / 'b'), 'nothing'):
         with pytest.raises(SystemExit, match='no such file or directory, and no repository id'):
             clip_adv.load_clip(wrong)

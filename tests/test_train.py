@@ -101,7 +101,7 @@ def test_signal_saves_and_says_how_to_continue(tmp_path, number):
     train(out=whole)
     command = [sys.executable, str(ONE_STEP), str(tmp_path / 'unused'), f'kill=3:{int(number)}', *flags(**TINY, out=stopped)]
     done = subprocess.run(command, env=environment(), capture_output=True, text=True)
-    assert done.returncode == 128 + number and f'saved after update 3 of 6' in done.stdout, done.stdout + done.stderr
+    assert done.returncode == 128 + number and 'saved after update 3 of 6' in done.stdout, done.stdout + done.stderr
     assert f'--out {stopped} --resume' in done.stdout and state(stopped)['step'] == 3
     train(out=stopped, resume=True)
     assert_same_state(state(stopped), state(whole))

@@ -518,12 +518,13 @@ def build(cfg: Config, given: set[str] | None, pairs: data.Pairs, state: dict | 
 
 
 # ------------------------------------------------------------------------------------------------- loading and saving
-def load_clip(path: str | os.PathLike, size: int | None = None, arch: str = '', tokenizer: str = '', what: str = '') -> tuple[CLIP, data.Tokenizer]:
+def load_clip(path: str | os.PathLike, size: int | None = None, arch: str = '', tokenizer: str | None = '', what: str = '') -> tuple[CLIP, data.Tokenizer | None]:
     """A CLIP, from wherever it comes → (model in eval mode, tokenizer).
 
     path: a run directory; an open_clip directory; a file of open_clip's weights (.safetensors, .bin, .pt) beside an open_clip_config.json; a
     Hugging Face directory of a CLIPModel; or a repository id of the hub.  size: interpolates the position embedding to images of this side.
-    arch, tokenizer: what a file of weights is, where no open_clip_config.json lies beside it.  what: the flag that named it, for errors.
+    arch, tokenizer: what a file of weights is, where no open_clip_config.json lies beside it; with tokenizer None, none is looked for, and None
+    is returned (stage 2 needs the image tower alone).  what: the flag that named it, for errors.
     """
     if str(path) == Config.out and not Path(path).exists():
         raise SystemExit(f'error: {what or "DIR"} {path}: no such directory; make it first: python clip_adv.py')
@@ -542,13 +543,13 @@ def load_clip(path: str | os.PathLike, size: int | None = None, arch: str = '', 
     if tokenizer:
         tokens = data.read_tokenizer(tokenizer, text['context_length'], data.tokenizer_mode(text), text['pool_type'])
     else:
-        tokens = data.tokenizer_of(place if place.is_dir() else place.parent, text)
-    if tokens.vocab_size > text['vocab_size'] or text['pool_type'] == 'eos' and tokens.eos != text['eos_id']:
+        tokens = data.tokenizer_of(place if place.is_dir() else place.parent, text) if tokenizer is not None else None
+    if tokens and (tokens.vocab_size > text['vocab_size'] or text['pool_type'] == 'eos' and tokens.eos != text['eos_id']):
         raise SystemExit(f'error: {path}: the tokenizer has {tokens.vocab_size} ids and ends a text with {tokens.eos}; the model has {text["vocab_size"]}'
                          + f' and looks for {text["eos_id"]}' * (text['pool_type'] == 'eos'))
 
     model_cfg = {**config['model_cfg'], 'vision_cfg': dict(config['model_cfg'].get('vision_cfg', {})),
-                 'text_cfg': own_tokenizer(config['model_cfg'].get('text_cfg', {}), tokens)}
+                 'text_cfg': own_tokenizer(config['model_cfg'].get('text_cfg', {}), tokens) if tokens else config['model_cfg'].get('text_cfg', {})}
     if size is not None and size != vision['image_size']:
         model_cfg['vision_cfg']['image_size'], preprocess['size'] = size, None
         complete(model_cfg, preprocess)
@@ -1008,7 +1009,7 @@ def open_run(cfg, given: set[str] | None, files: tuple[str, ...] = RUN_FILES) ->
             raise SystemExit(f'error: --resume: --out {out} holds a model ({model}) but no train_state.pt to continue from; '
                              f'give another --out (and --init {out} to start from that model)')
         if state is not None:
-            old = state['config']
+            old = {**dataclasses.asdict(type(cfg)()), **state['config']}  # a run of before a setting was there has its default
             for name in sorted(typed(cfg, given) - FREE_ON_RESUME):
                 if getattr(cfg, name) != old[name]:
                     raise SystemExit(f'error: --{name} {getattr(cfg, name)}: the run in {out} has {old[name]}; leave the flag '

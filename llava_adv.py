@@ -57,6 +57,7 @@ class Config:
     turns: int = 3                # easyvqa: questions to a conversation
     workers: int = 0              # image-decoding processes per rank; 0: none of its own
     init: str = 'runs/clip_adv'   # a CLIP (a run, of open_clip, of Hugging Face), or a LLaVA (tower, projector and LLM from it); a directory or repository id
+    arch: str = ''                # what a file of a CLIP's weights in --init is: open_clip's model configuration, a JSON file or its name
     llm: str = 'tiny'             # 'tiny' (trained here, on the text), a directory, a .gguf file, or a repository id of Hugging Face
     prompt: str = ''              # of sub-stage B: 'v1' (Vicuna), 'chat' (the LLM's own template); default: --init's, chat where there is a template
     max_length: int = 2048        # tokens of a sample, image tokens included; longer ones are cut
@@ -747,7 +748,7 @@ def build(cfg: Config, state: dict | None, rank: int, device: torch.device) -> t
         model, tokenizer = load_llava(cfg.init, dtype)
     else:
         if state is None:
-            clip, _ = clip_adv.load_clip(cfg.init, what='--init')
+            clip, _ = clip_adv.load_clip(cfg.init, arch=cfg.arch, tokenizer=None, what='--init')
             tower, visual = tower_of(clip), clip.visual
         else:
             tower = state['tower']
@@ -1327,7 +1328,8 @@ def check_config(cfg: Config, given: set[str] | None, world: int) -> None:
             (cfg.lora_r == 0 and cfg.dtype == 'bfloat16', '--dtype bfloat16 with --lora_r 0: small updates of bfloat16 weights would be rounded away; '
              'train adapters, or use --dtype float32'),
             (cfg.log_every < 1, f'--log_every {cfg.log_every}: must be at least 1'), (cfg.save_every < 1, f'--save_every {cfg.save_every}: must be at least 1'),
-            (is_llava(cfg.init) and 'llm' in clip_adv.typed(cfg, given), f'--llm {cfg.llm}: --init {cfg.init} is a LLaVA and brings its LLM; leave it out')])
+            (is_llava(cfg.init) and 'llm' in clip_adv.typed(cfg, given), f'--llm {cfg.llm}: --init {cfg.init} is a LLaVA and brings its LLM; leave it out'),
+            (is_llava(cfg.init) and cfg.arch, f'--arch {cfg.arch}: --init {cfg.init} is a LLaVA and says what it is; leave it out')])
 
 
 if __name__ == '__main__':

@@ -364,6 +364,9 @@ def test_files_of_weights(tmp_path, parts):
     out = tmp_path / 'run'  # and through both command lines
     clip_adv.main(*clip_adv.parse(clip_adv.Config, '', flags(init=tmp_path / 'epoch_3.pt', arch=arch, out=out, steps=1, batch_size=4, eps=0)))
     assert clip_adv.load_clip(out)[0].visual.size == 64
+    (tmp_path / 'epoch_3.pt').rename(tmp_path / 'moved.pt')  # a run does not need what it began with
+    clip_adv.main(*clip_adv.parse(clip_adv.Config, '', flags(out=out, resume=True)))
+    (tmp_path / 'moved.pt').rename(tmp_path / 'epoch_3.pt')
     evaluation.main(evaluation.parse(['zeroshot', str(tmp_path / 'epoch_3.pt'), str(out), '--arch', str(arch), '--n', '2', '--eps', '--quiet']))
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import flags
 from PIL import Image
-from test_dropin import architecture, hugging_face, snippets
+from test_dropin import architecture, hugging_face, published, snippets
 from test_llava import SMALL, llava, saved, tokenizer
 
 import clip_adv
@@ -348,3 +348,43 @@ def test_the_card_of_a_llava(whole, tmp_path):
     assert after.count('| not measured | not measured |') == 1 and 'easyvqa test, what, n = 2 | ensemble, 1 iterations |' in after
     assert '“a / b”' in after and re.search(r'forced sentences, success .*ε = 4: [\d.]+, ε = 8: [\d.]+', after)
     assert after.partition('## Results')[0] == card.partition('## Results')[0] and len(list((run / 'eval').iterdir())) == 4
+
+
+def test_a_file_of_weights_as_the_tower(parts, tmp_path, monkeypatch):
+    """Only with --arch is it known what it is; its tokenizer is not looked for, as stage 2 has no use for it."""
+    monkeypatch.setenv('HF_HUB_OFFLINE', '1')
+    cfg = architecture('ViT-H-14-CLIPA-336')
+    cfg['vision_cfg'].update(layers=2, image_size=28)
+    place, arch, out = published(tmp_path / 'published', cfg), tmp_path / 'arch.json', tmp_path / 'run'
+    cfg['text_cfg']['hf_tokenizer_name'] = 'nobody/nothing'
+    arch.write_text(json.dumps(cfg))
+    file = (place / 'open_clip_model.safetensors').rename(tmp_path / 'tower.safetensors')
+    train = lambda **more: llava_adv.main(*clip_adv.parse(llava_adv.Config, '', flags(**{**parts, 'init': file, 'out': out, 'steps_a': 1, 'steps_b': 0, **more})))
+    with pytest.raises(SystemExit, match='tower.safetensors: no open_clip_config.json beside it.*--arch FILE.json'):
+        train()
+    train(arch=arch)
+    expected = dict(clip_adv.stored(file, []))['visual.conv1.weight']
+    assert torch.equal(llava_adv.load_llava(str(out))[0].visual.conv1.weight, expected)  # sub-stage A leaves the tower as it is
+    file.unlink()
+    train(resume=True, arch=arch)
+    with pytest.raises(SystemExit, match='--arch .* says it of itself'):
+        train(init=parts['init'], arch=arch, out=tmp_path / 'other')
+    parts = {name: value for name, value in parts.items() if name != 'llm'}
+    with pytest.raises(SystemExit, match='--arch .*: --init .* is a LLaVA'):
+        train(init=out, arch=arch, out=tmp_path / 'other')
+
+
+def test_one_stage_over_the_other(parts, whole, tmp_path):
+    """--overwrite leaves none of the other's files under the new run's: another library would open what was there before."""
+    out, small = tmp_path / 'run', dict(size=16, patch=4, width=32, layers=2, head_width=16, text_width=16, text_layers=1, batch_size=4, steps=1, eps=0)
+    shutil.copytree(whole, out)
+    with pytest.raises(SystemExit, match='holds a run: .*--overwrite'):
+        clip_adv.main(*clip_adv.parse(clip_adv.Config, '', flags(out=out, **small)))
+    clip_adv.main(*clip_adv.parse(clip_adv.Config, '', flags(out=out, **small, overwrite=True)))
+    assert {f.name for f in out.iterdir()} == {f.name for f in parts['init'].iterdir()} and 'stage 1' in (out / 'README.md').read_text()
+    clip_adv.load_clip(out)
+    (out / 'eval').mkdir()
+    settings = {**parts, 'steps_a': 1, 'steps_b': 0}
+    llava_adv.main(*clip_adv.parse(llava_adv.Config, '', flags(out=out, **settings, overwrite=True)))
+    assert {f.name for f in out.iterdir()} == {f.name for f in whole.iterdir()} - {'previous_train_state.pt'} and 'stage 2' in (out / 'README.md').read_text()
+    theirs_of(out), llava_adv.load_llava(str(out))

@@ -425,6 +425,8 @@ def complete(model_cfg: dict, preprocess_cfg: dict, place: str = '') -> tuple[di
     at = f'error: {place}: ' if place else 'error: '
 
     def fill(given: dict, defaults: dict, where: str) -> dict:
+        if not isinstance(given, dict):
+            raise SystemExit(f'{at}{where} is {given!r}; expected an object')
         if unknown := sorted(set(given) - set(defaults)):
             raise SystemExit(f'{at}{where}: unknown key {", ".join(unknown)}; supported: {", ".join(defaults)}')
         return {**defaults, **given}
@@ -433,13 +435,24 @@ def complete(model_cfg: dict, preprocess_cfg: dict, place: str = '') -> tuple[di
     cfg['text_cfg'] = fill(cfg['text_cfg'], TEXT, 'text_cfg')
     preprocess = fill(preprocess_cfg, PREPROCESS, 'preprocess_cfg')
     v, t = cfg['vision_cfg'], cfg['text_cfg']
-    for of, name in ((v, 'vision_cfg'), (t, 'text_cfg')):
-        for key in ('image_size', 'patch_size', 'width', 'layers', 'head_width', 'heads', 'context_length', 'vocab_size'):
-            if key in of and (not isinstance(of[key], int) or of[key] < 1):
+    number = lambda value: isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0
+    for of, name, defaults in ((cfg, 'model_cfg', {'embed_dim': 1, 'quick_gelu': False}), (v, 'vision_cfg', VISION), (t, 'text_cfg', TEXT)):
+        for key, default in defaults.items():
+            if isinstance(default, bool) and not isinstance(of[key], bool):
+                raise SystemExit(f'{at}{name}.{key} is {of[key]!r}; supported: true, false')
+            if type(default) is int and (type(of[key]) is not int or of[key] < (key != 'eos_id')):
                 raise SystemExit(f'{at}{name}.{key} is {of[key]!r}; supported: a whole number (a ViT, square images)')
-        for key, inner in (('act_kwargs', 'approximate'), ('norm_kwargs', 'eps')):
-            if unknown := set(of[key] or {}) - {inner}:
+        if not number(of.get('mlp_ratio', 4)):
+            raise SystemExit(f'{at}{name}.mlp_ratio is {of["mlp_ratio"]!r}; supported: a positive number')
+        for key, inner, allowed in (('act_kwargs', 'approximate', lambda x: x in ('none', 'tanh')), ('norm_kwargs', 'eps', number)):
+            given = of.get(key) or {}
+            if unknown := set(given) - {inner}:
                 raise SystemExit(f'{at}{name}.{key}: unknown key {", ".join(sorted(unknown))}; supported: {inner}')
+            if given and not allowed(given[inner]):
+                raise SystemExit(f'{at}{name}.{key}.{inner} is {given[inner]!r}; supported: ' + ('none, tanh' if inner == 'approximate' else 'a positive number'))
+    for key in ('mean', 'std'):
+        if not isinstance(preprocess[key], (list, tuple)) or len(preprocess[key]) != 3 or not all(number(x) or key == 'mean' and x == 0 for x in preprocess[key]):
+            raise SystemExit(f'{at}preprocess_cfg.{key} is {preprocess[key]!r}; supported: three numbers, of images in [0, 1]')
     for value, allowed, where in [
             (v['pool_type'], ('tok', 'avg'), 'vision_cfg.pool_type'),
             (t['pool_type'], ('argmax', 'eos', 'last', 'first'), 'text_cfg.pool_type'),
@@ -447,7 +460,7 @@ def complete(model_cfg: dict, preprocess_cfg: dict, place: str = '') -> tuple[di
             (preprocess['resize_mode'], ('shortest', 'squash', 'longest'), 'preprocess_cfg.resize_mode'),
             (preprocess['mode'], ('RGB',), 'preprocess_cfg.mode'), (preprocess['fill_color'], (0,), 'preprocess_cfg.fill_color')]:
         if value not in allowed:
-            raise SystemExit(f'error: {where} is {value!r}; supported: {", ".join(map(str, allowed))}')
+            raise SystemExit(f'{at}{where} is {value!r}; supported: {", ".join(map(str, allowed))}')
     for value, divisor, what in [(v['image_size'], v['patch_size'], 'image size (--size) must be divisible by the patch (--patch)'),
                                  (v['width'], v['head_width'], 'width (--width) must be divisible by the head width (--head_width)'),
                                  (t['width'], t['heads'], 'text width (--text_width) must be divisible by the heads (--text_heads)')]:
@@ -566,7 +579,7 @@ def description(place: Path, arch: str, tokenizer: str) -> tuple[dict, bool]:
     if (arch or tokenizer) and (place.is_dir() or file.is_file()):
         raise SystemExit(f'error: --arch and --tokenizer say what a file of weights is; {place} says it of itself: leave them out')
     if file.is_file():
-        config = data.read_json(file, str(place))
+        config = data.read_json(file, str(place), dict)
         if missing := {'model_cfg', 'preprocess_cfg'} - set(config):
             raise SystemExit(f'error: {file} has no "{min(missing)}"')
         return config, False
@@ -601,9 +614,9 @@ def read_arch(arch: str) -> dict:
     file, found = Path(arch), importlib.util.find_spec('open_clip')
     if not file.is_file() and found and (known := Path(found.origin).parent / 'model_configs' / f'{arch.replace("/", "-")}.json').is_file():
         file = known
-    config = data.read_json(file, '--arch')
+    config = data.read_json(file, '--arch', dict)
     config = config if 'model_cfg' in config else {'model_cfg': config}
-    if missing := {'vision_cfg', 'text_cfg'} - set(config['model_cfg']):
+    if missing := {'vision_cfg', 'text_cfg'} - set(config['model_cfg'] or {}):
         raise SystemExit(f'error: --arch {arch}: no {", ".join(sorted(missing))}; expected a model configuration of open_clip')
     return {'preprocess_cfg': {}, **config}
 
@@ -616,15 +629,38 @@ def own_tokenizer(text_cfg: dict, tokenizer: data.Tokenizer) -> dict:
 
 
 def stored(place: Path, names: list[tuple[str | None, str]]):
-    """Yields (name, tensor) of a weights file, or of a directory's, one at a time.   names: (index of shards or None, file), the first that exists"""
-    files = [place] if place.is_file() else []
+    """Yields (name, tensor) of a weights file, or of a directory's, one at a time.   names: (index of shards or None, file), the first that
+    exists, and of these the file, as in transformers"""
+    return once(read_weights(weight_files(place, names)), place)
+
+
+def once(weights, where: str | os.PathLike):
+    """Yields what it is given. A name that comes twice, in two shards or (where old names became new ones) under two names, is an error: one would be lost."""
+    seen = set()
+    for name, w in weights:
+        if name in seen:
+            raise SystemExit(f'error: {where} is of another architecture:\n  {name}: surplus, {tuple(w.shape)}; it is there twice (in two files, or under an older name as well)')
+        seen.add(name)
+        yield name, w
+
+
+def weight_files(place: Path, names: list[tuple[str | None, str]]) -> list[Path]:
+    """See stored."""
+    if place.is_file():
+        return [place]
     for index, single in names:
-        if not files and index and (place / index).is_file():
-            files = sorted({place / name for name in data.read_json(place / index, str(place)).get('weight_map', {}).values()})
-        elif not files and (place / single).is_file():
-            files = [place / single]
-    if not files:
-        raise SystemExit(f'error: {place} has no weights: none of {", ".join(single for _, single in names)}' + ', whole or in shards with an index' * bool(names[0][0]))
+        if (place / single).is_file():
+            return [place / single]
+        if index and (place / index).is_file():
+            shards = data.read_json(place / index, str(place), dict).get('weight_map')
+            if not isinstance(shards, dict) or not shards:
+                raise SystemExit(f'error: {place / index}: weight_map is {str(shards)[:60]!r}; expected names of weights and their files')
+            return sorted({place / str(name) for name in shards.values()})
+    raise SystemExit(f'error: {place} has no weights: none of {", ".join(single for _, single in names)}' + ', whole or in shards with an index' * bool(names[0][0]))
+
+
+def read_weights(files: list[Path]):
+    """Yields (name, tensor) of all files; nothing in them is run."""
     for file in files:
         try:
             if file.suffix == '.safetensors':
@@ -643,10 +679,9 @@ def stored(place: Path, names: list[tuple[str | None, str]]):
                 tensors = tensors.get('state_dict', tensors)  # a training checkpoint of open_clip
                 if strange := [str(name) for name, w in tensors.items() if not isinstance(w, Tensor)]:
                     raise ValueError(f'it holds more than weights ({", ".join(strange[:5])})' + '; of a run give the directory' * (file.name in STATE_FILES))
+                prefix = 'module.' if all(name.startswith('module.') for name in tensors) else ''  # of a training with DistributedDataParallel
                 for name, w in tensors.items():
-                    yield name.removeprefix('module.'), w
-        except SystemExit:
-            raise
+                    yield name.removeprefix(prefix), w
         except Exception as e:
             raise SystemExit(f'error: cannot read {file}: {type(e).__name__}: {str(e)[:300]}') from None
 
@@ -662,6 +697,8 @@ def fitting(weights: dict[str, Tensor], shapes: dict[str, torch.Size], where: st
     wrong = [f'{n}: missing, {s} expected' for n, s in ours.items() if n not in theirs]
     wrong += [f'{n}: surplus, {s}' for n, s in theirs.items() if n not in ours]
     wrong += [f'{n}: {theirs[n]}, {s} expected' for n, s in ours.items() if n in theirs and theirs[n] != s]
+    wrong += [f'{n}: {weights[n].dtype}, numbers with a fraction expected (quantised weights are not supported)' for n in ours
+              if n in theirs and not weights[n].is_floating_point()]
     if wrong:
         raise SystemExit(f'error: {where} is of another architecture:\n  ' + '\n  '.join(wrong))
     return weights
@@ -796,11 +833,19 @@ def mlp_ratio(hidden: int, width: int) -> float:
     return ratio if int(width * ratio) == hidden else math.nextafter(ratio, math.inf)
 
 
+def whole_numbers(config: dict, defaults: dict, where: str) -> None:
+    """What has a whole number as its default must be one."""
+    for key, default in defaults.items():
+        if type(default) is int and key in config and (type(config[key]) is not int or config[key] < 1):
+            raise SystemExit(f'error: {where}: {key} is {config[key]!r}; supported: a whole number')
+
+
 def from_hf_tower(config: dict, where: str) -> tuple[dict, bool]:
     """(what vision_cfg and text_cfg have in common, quick_gelu) of a vision_config or text_config"""
     acts = {'quick_gelu': None, 'gelu': None, 'gelu_pytorch_tanh': {'approximate': 'tanh'}}
-    if config['hidden_act'] not in acts:
+    if str(config['hidden_act']) not in acts:
         raise SystemExit(f'error: {where}/config.json: hidden_act {config["hidden_act"]!r}; supported: {", ".join(acts)}')
+    whole_numbers(config, {**HF_VISION, **HF_TEXT}, f'{where}/config.json')
     act, eps, heads = acts[config['hidden_act']], config['layer_norm_eps'], config['num_attention_heads']
     if config['hidden_size'] % heads:
         raise SystemExit(f'error: {where}/config.json: {heads} heads do not divide the width {config["hidden_size"]}')
@@ -817,7 +862,7 @@ def from_hf_vision(vision: dict, where: str) -> tuple[dict, bool]:
 
 def from_hf_config(place: Path) -> dict:
     """{'model_cfg', 'preprocess_cfg'} of a directory of a CLIPModel"""
-    config = data.read_json(place / 'config.json', str(place))
+    config = data.read_json(place / 'config.json', str(place), dict)
     of = lambda name: {**(config.get(f'{name}_config') or {}), **(config.get(f'{name}_config_dict') or {})}  # the second as older versions had it
     vision, quick = from_hf_vision(of('vision'), str(place))
     text = HF_TEXT | of('text')
@@ -834,7 +879,7 @@ def from_hf_config(place: Path) -> dict:
 def from_hf_preprocessor(place: Path, size: int) -> tuple[dict, bool]:
     """(preprocess_cfg, whether images are padded to a square first) of a Hugging Face directory whose image tower takes images of this size"""
     file = next((f for f in (place / 'preprocessor_config.json', place / 'processor_config.json') if f.is_file()), place / 'preprocessor_config.json')
-    how = data.read_json(file, str(place))
+    how = data.read_json(file, str(place), dict)
     how = how.get('image_processor', how)  # in processor_config.json, where transformers 5 writes it
     side = lambda of: {of} if isinstance(of, int) else set(of.values())
     resized, cropped = how.get('size', {'shortest_edge': 224}), how.get('do_center_crop', True)
@@ -988,42 +1033,56 @@ class Clock:
 STATE_FILES, EXPORT = ('train_state.pt', 'previous_train_state.pt'), 'open_clip_model.safetensors'
 RUN_FILES = (*STATE_FILES, EXPORT, 'model.safetensors', 'open_clip_config.json', 'tokenizer.json', 'tokenizer_config.json', 'config.json',
              'generation_config.json', 'preprocessor_config.json', 'processor_config.json', 'chat_template.jinja', 'train_config.json', 'log.jsonl')  # of both stages
+NOT_OURS = ('model.safetensors.index.json', 'pytorch_model.bin', 'pytorch_model.bin.index.json', 'open_clip_pytorch_model.safetensors', 'open_clip_pytorch_model.bin',
+            'adapter_config.json', 'chat_template.json')  # of models that others wrote; beside a run they would be taken for it
 FREE_ON_RESUME = {'out', 'resume', 'overwrite', 'workers', 'compile', 'log_every', 'save_every'}  # change no result
 
 
-def open_run(cfg, given: set[str] | None, files: tuple[str, ...] = RUN_FILES) -> tuple[dict | None, object]:
-    """(the state to resume or None, the configuration that holds).   files: what a run consists of (Run.FILES), its weights third
+def open_run(cfg, given: set[str] | None) -> tuple[dict | None, object]:
+    """(the state to resume or None, the configuration that holds)
 
-    Changes nothing on the disk: what --overwrite replaces is put aside when training begins (Run.introduce), and deleted with
-    the first checkpoint of the new run (Run.save).
+    A folder with a model that is no run of ours is not touched, whatever the flags. Changes nothing on the disk: what --overwrite replaces is
+    put aside when training begins (Run.introduce), and deleted with the first checkpoint of the new run (Run.save).
     """
-    out, state, model = Path(cfg.out), None, files[2]
+    out, state, fields = Path(cfg.out), None, {f.name for f in dataclasses.fields(cfg)}
     saved = [out / name for name in STATE_FILES]
     if cfg.resume and cfg.overwrite:
         raise SystemExit('error: --resume and --overwrite exclude each other')
     resume = cfg.resume or int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)) > 0  # torchrun restarted us: go on
-    exists = any((out / name).exists() for name in files)
+    found, others = ([name for name in names if (out / name).exists()] for names in (RUN_FILES, NOT_OURS))
+    model = [name for name in found if name not in ('train_config.json', 'log.jsonl')]
+    if strange := (found if not is_run(out) else []) + others:  # such as a model of Hugging Face's
+        raise SystemExit(f'error: --out {out} holds files that are of no run ({", ".join(strange)}) and would be mixed with it, or lost: give another --out, '
+                         f'or move them away')
     if resume:
         state = load_state(saved)
-        if state is None and (out / model).exists():
-            raise SystemExit(f'error: --resume: --out {out} holds a model ({model}) but no train_state.pt to continue from; '
+        if state is None and model and not cfg.overwrite:
+            raise SystemExit(f'error: --resume: --out {out} holds a model ({", ".join(model)}) but no train_state.pt to continue from; '
                              f'give another --out (and --init {out} to start from that model)')
         if state is not None:
+            if unknown := set(state['config']) - fields:
+                raise SystemExit(f'error: --resume: the run in --out {out} is not of this stage or of this version (its settings include {", ".join(sorted(unknown)[:3])}); '
+                                 f'continue it with what began it, or give another --out')
             old = {**dataclasses.asdict(type(cfg)()), **state['config']}  # a run of before a setting was there has its default
-            for name in sorted(typed(cfg, given) - FREE_ON_RESUME):
+            # restarted, it is the very run, if it is ours; or an older one that --overwrite had no time to replace
+            for name in sorted((typed(cfg, given) if cfg.resume else {n for n in fields if getattr(cfg, n) is not None}) - FREE_ON_RESUME):
                 if getattr(cfg, name) != old[name]:
                     raise SystemExit(f'error: --{name} {getattr(cfg, name)}: the run in {out} has {old[name]}; leave the flag '
                                      f'out to continue it, or give another --out')
             kept = {n: v for n, v in old.items() if n not in typed(cfg, given) and n not in ('out', 'resume', 'overwrite')}
             cfg = dataclasses.replace(cfg, **kept)
-    ours = any((out / name).exists() for name in (*STATE_FILES, 'train_config.json'))
-    if exists and not ours and not cfg.overwrite:  # such as a model of Hugging Face's
-        raise SystemExit(f'error: --out {out} holds a model ({", ".join(n for n in files if (out / n).exists())}) that is no run: give another '
-                         f'--out, or replace them with --overwrite')
-    if not resume and exists and not cfg.overwrite:
+    if not resume and found and not cfg.overwrite:
         raise SystemExit(f'error: --out {out} holds a run: continue it with --resume, replace it with --overwrite, '
                          f'or give another --out')
     return state, cfg
+
+
+def is_run(out: Path) -> bool:
+    """Whether our training wrote what is there: by its train_config.json, or by a checkpoint."""
+    try:
+        return {'config', 'commit', 'versions', 'processes'} <= set(json.loads((out / 'train_config.json').read_text(encoding='utf-8')))
+    except (OSError, ValueError, TypeError):
+        return any((out / name).exists() for name in STATE_FILES)
 
 
 def all_agree(step: int, cfg, world: int) -> None:
@@ -1056,7 +1115,6 @@ def load_state(files: list[Path]) -> dict | None:
 
 class Run:
     """What happens around a step: first output, log lines, checkpoints, signals. Stage 2 has its own files and says other things."""
-    FILES = RUN_FILES
     HEADER = '---\nlibrary_name: open_clip\npipeline_tag: zero-shot-image-classification\ntags:\n- clip\n- adversarial-robustness\n---\n'
 
     def __init__(self, cfg: Config, model: CLIP, tokenizer: data.Tokenizer, optimizer, rank: int, first_step: int, steps: int):
@@ -1087,15 +1145,20 @@ class Run:
         except OSError as e:
             raise SystemExit(f'error: --out {self.out}: {e}') from None
         if not first_step:
-            worth_keeping = any((self.out / name).exists() for name in self.FILES if name not in ('train_config.json', 'log.jsonl'))
-            a_run = (self.out / 'train_config.json').exists()
+            worth_keeping = any((self.out / name).exists() for name in RUN_FILES if name not in ('train_config.json', 'log.jsonl'))
             card = all(mark in read_text(self.out / CARD) for name in ('training', 'results') for mark in marks(name))  # a README.md of somebody else stays
-            names = (*self.FILES, *['eval'] * (worth_keeping and a_run), *[CARD] * card)
-            for file in [self.out / name for name in names if (self.out / name).exists()]:
-                aside = file.with_name(f'replaced_{file.name}')
+            measured = [f'eval/{file.name}' for file in (self.out / 'eval').glob('*.json') if is_measurement(file)] if worth_keeping else []
+            if measured:
+                remove(self.out / 'replaced_eval')
+                (self.out / 'replaced_eval').mkdir()
+            for file in [self.out / name for name in (*RUN_FILES, *[CARD] * card, *measured) if (self.out / name).exists()]:
+                aside = self.out / f'replaced_{file.relative_to(self.out)}'
                 remove(aside if worth_keeping else file)
                 if worth_keeping:
                     os.replace(file, aside)
+            if measured:
+                with contextlib.suppress(OSError):  # something else is in it
+                    (self.out / 'eval').rmdir()
         self.facts = arithmetic
         about = {'config': self.settings, 'commit': commit(), 'versions': versions(), 'processes': world}
         write(self.out / 'train_config.json', lambda f: f.write_text(json.dumps(about, indent=2), encoding='utf-8'))
@@ -1131,7 +1194,7 @@ class Run:
             write(self.out / 'train_state.pt', lambda file: torch.save(state, file), keep_previous=True)
             self.export(step)
             self.write_card(step)
-            for name in (*self.FILES, CARD, 'eval'):  # what --overwrite put aside
+            for name in (*RUN_FILES, CARD, 'eval'):  # what --overwrite put aside
                 remove(self.out / f'replaced_{name}')
         self.saved_step = step
 
@@ -1277,8 +1340,8 @@ def locked(folder: Path):
 def rewrite(file: Path, blocks: dict[str, str], new: str = '') -> bool:
     """Puts each block between its marks and leaves the rest of the file as it is; False where the marks are missing.   new: the file if there is none"""
     try:
-        text = file.read_bytes().decode('utf-8') if file.is_file() else new
-    except UnicodeDecodeError:  # not written by us, and it must not be damaged
+        text = file.read_bytes().decode('utf-8') if file.exists() else new
+    except (UnicodeDecodeError, OSError):  # not written by us (a folder, for one), and it must not be damaged
         return False
     for name, content in blocks.items():
         begin, end = marks(name)
@@ -1287,7 +1350,7 @@ def rewrite(file: Path, blocks: dict[str, str], new: str = '') -> bool:
         if not (found and found_end):
             return False
         text = f'{before}{begin}\n\n{content}\n\n{end}{after}'
-    write(file, lambda beside: beside.write_bytes(text.encode('utf-8')))
+    write(file.resolve(), lambda beside: beside.write_bytes(text.encode('utf-8')))  # a link stays one
     return True
 
 
@@ -1298,6 +1361,14 @@ def read_text(file: Path) -> str:
 def weights_of(out: Path) -> Path:
     """The file of the weights that are measured, of a run of either stage."""
     return out / (EXPORT if (out / EXPORT).is_file() else 'model.safetensors')
+
+
+def is_measurement(file: Path) -> bool:
+    """Whether eval.py wrote it."""
+    try:
+        return {'weights', 'card', 'results'} <= set(json.loads(file.read_text(encoding='utf-8')))
+    except (OSError, ValueError, TypeError):
+        return False
 
 
 def results(out: Path) -> str:

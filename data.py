@@ -42,12 +42,15 @@ def generator(seed: int, purpose: str, number: int) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest, 'little') >> 1)
 
 
-def read_json(path: Path, what: str):
-    """The content of a JSON file.   what: the flag or the run that named it, for the error"""
+def read_json(path: Path, what: str, kind: type = object):
+    """The content of a JSON file.   what: the flag or the run that named it, for the error;  kind: dict where it must be an object"""
     try:
-        return json.loads(path.read_text(encoding='utf-8'))
+        content = json.loads(path.read_text(encoding='utf-8'))
     except (OSError, ValueError) as e:
         raise SystemExit(f'error: {what}: cannot read {path}: {e}') from None
+    if not isinstance(content, kind):
+        raise SystemExit(f'error: {what}: {path} holds {str(content)[:60]!r}; expected a JSON object')
+    return content
 
 
 # ------------------------------------------------------------------------------------------------ image-text pairs
@@ -1220,7 +1223,7 @@ def read_llm_tokenizer(path: Path) -> LLMTokenizer:
     if (path / 'chat_template.jinja').is_file():
         template = (path / 'chat_template.jinja').read_text(encoding='utf-8')
     elif template is None and (path / 'chat_template.json').is_file():
-        template = read_json(path / 'chat_template.json', str(path)).get('chat_template')
+        template = read_json(path / 'chat_template.json', str(path), dict).get('chat_template')
     if isinstance(template, list):  # several, by name
         template = next((t['template'] for t in template if t['name'] == 'default'), None)
     return LLMTokenizer(backend, token('bos'), token('eos'), token('pad'), template, str(path))

@@ -712,6 +712,11 @@ def targeted(args, rank: int, world: int, device: torch.device, found: data.Refe
 
 
 # ================================================================================================================ audit
+def sources_of(path: str, args: argparse.Namespace) -> list[str]:
+    """The other models, from which attacks are transferred to the one at path. No attack is transferred from a model to itself."""
+    return [other for other in [*args.dirs, *args.transfer_from] if os.path.realpath(other) != os.path.realpath(path)]
+
+
 def audit(args: argparse.Namespace, rank: int, world: int, device: torch.device) -> dict:
     """Is the robustness real? Checks for gradient masking; exit code 1 if one fails."""
     if args.attack != 'ensemble':
@@ -728,7 +733,7 @@ def audit(args: argparse.Namespace, rank: int, world: int, device: torch.device)
             raise SystemExit('error: --native: audit needs images of one size')
         x = torch.stack([classifier.pixels(image) for image, _ in loaded])
         y = torch.tensor([label for _, label in loaded], device=device)
-        sources = [p for p in [*args.dirs, *args.transfer_from] if p != path]
+        sources = sources_of(path, args)
         source = classifier_of(sources[0], device, args).embed_classes(images.classes, images.prompts) if sources else None
         with tqdm(total=len(CHECKS), desc=Path(path).name, unit='check', disable=args.quiet or rank > 0) as bar:
             checks = audit_checks(classifier, x, y, eps / 255, mine, args.seed, args.batch_size, source, bar=bar, queries=args.queries)
@@ -1024,21 +1029,21 @@ def chunks(items: list, size: int):
 # ======================================================================================================== the model card
 def digests(dirs: list[str]) -> dict[str, str]:
     """{run directory: digest of its weights}, of those of DIRS that our training wrote; into others nothing is written."""
-    runs = [path for path in dict.fromkeys(dirs) if (Path(path) / 'train_config.json').is_file()]
+    runs = [path for path in dict.fromkeys(dirs) if clip_adv.is_run(Path(path))]
     return {path: clip_adv.digest(clip_adv.weights_of(Path(path))) for path in runs}
 
 
 def keep(report: dict, args, weights: dict[str, str]) -> None:
     """Each run's part of the report into RUN/eval/, and from all that is there the results in the run's card. The same measurement again replaces
     its file. If it cannot be written, that is said, and the measurement goes on to where else it is wanted."""
-    settings = {k: v for k, v in vars(args).items() if k not in ('run', 'dirs', 'json', 'plot', 'grid', 'quiet', 'batch_size')}
+    settings = {k: v for k, v in vars(args).items() if k not in ('run', 'dirs', 'transfer_from', 'json', 'plot', 'grid', 'quiet', 'batch_size')}
     settings |= {'data': [str(Path(d).resolve()) if Path(d).exists() else d for d in getattr(args, 'data', [])]}
     parts = [args.command, *(Path(name).stem for name in getattr(args, 'data', [])), getattr(args, 'split', ''), getattr(args, 'attack', '')]
-    stem = re.sub(r'[^\w.-]+', '-', '_'.join(part for part in parts if part))[:100]
+    stem = re.sub(r'[^\w.-]+', '-', '_'.join(part for part in parts if part)).encode()[:100].decode(errors='ignore')  # names are limited in bytes
     for path, now in weights.items():
         folder, card = Path(path) / 'eval', Path(path) / clip_adv.CARD
         try:
-            others = [str(Path(p).resolve()) for p in [*args.dirs, *args.transfer_from] if p != path][:1] if args.command == 'audit' else []  # what it transfers from
+            others = [str(Path(p).resolve()) for p in sources_of(path, args)][:1] if args.command == 'audit' else []  # what it transfers from
             number = hashlib.blake2b(json.dumps([settings, others], sort_keys=True).encode(), digest_size=3).hexdigest()
             rows = [row for row in report['results'] if row['dir'] == path]
             own = {**report, 'weights': now, 'card': [line for row in rows for line in card_lines(row, args)], 'results': rows}
@@ -1073,13 +1078,13 @@ def card_lines(row: dict, args) -> list[dict]:
         return [line('audit: is the robustness real?', '', ', '.join(f'{n} checks {verdict}' for verdict, n in verdicts.items()), f'several, ε = {row["eps"]:g}')]
     if command in ('vqa', 'pope', 'sqa'):
         measure, key = {'vqa': ('VQA accuracy', 'accuracy'), 'pope': ('POPE, F1', 'f1'), 'sqa': ('ScienceQA accuracy', 'accuracy')}[command]
-        return [line(measure, percent(row[f'clean_{key}']), at(row[f'adv_{key}']), f'{args.attack}, {args.iterations} iterations', f', {row["questions"]}')]
+        return [line(measure, percent(row[f'clean_{key}']), at(row[f'adv_{key}']), f'{args.attack}, {args.iterations} iterations' if args.eps else 'none', f', {row["questions"]}')]
     if command == 'caption' and 'success' in row:
         return [line('forced sentences, success', percent(rates['0']), at({k: v for k, v in rates.items() if k != '0'}),
                      f'APGD, {args.iterations} iterations, “{text}”'.replace('|', '/')) for text, rates in row['success'].items()]
     if command == 'caption':
         return [line('captions, CIDEr', percent(row['clean']['cider']), at({k[4:]: v['cider'] for k, v in row.items() if k.startswith('adv_')}),
-                     f'{args.attack}, {args.iterations} iterations')]
+                     f'{args.attack}, {args.iterations} iterations' if args.eps else 'none')]
     return []  # show: one image
 
 
@@ -1230,6 +1235,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
 
     wrong = commands.choices[args.command].error
+    args.dirs = list({os.path.realpath(path): path for path in reversed(args.dirs)}.values())[::-1]  # each once, however it is written
     for flag in ('eps', 'grid_eps'):
         if not hasattr(args, flag):
             continue

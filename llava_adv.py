@@ -514,7 +514,7 @@ def main(cfg: Config, given: set[str] | None = None) -> None:
     if cfg.chat:
         return chat(cfg)
     rank, world, device = clip_adv.start_processes(timedelta(hours=2))      # rank 0 may have an LLM to fetch, or to train
-    state, cfg = clip_adv.open_run(cfg, given, Run.FILES)
+    state, cfg = clip_adv.open_run(cfg, given)
     check_config(cfg, given, world)
     clip_adv.all_agree(state['step'] if state else 0, cfg, world)
     plan = substages(cfg)
@@ -808,12 +808,17 @@ NEW_LLM = 'new_llm'  # where the tiny LLM of a run without a checkpoint is; an o
 def tiny_llm(cfg: Config) -> Path | None:
     """Where it is, of this run or of one before with the same data and seed."""
     for folder in (Path(cfg.out) / NEW_LLM, Path(cfg.out) / 'llm'):
-        try:
-            if json.loads((folder / 'config.json').read_text(encoding='utf-8')).get('made_from') == made_from(cfg):
-                return folder
-        except (OSError, ValueError):
-            pass
+        if made_here(folder) == made_from(cfg):
+            return folder
     return None
+
+
+def made_here(folder: Path) -> list | None:
+    """What a tiny LLM of ours was made from; None: it is none of ours, or not there."""
+    try:
+        return json.loads((folder / 'config.json').read_text(encoding='utf-8')).get('made_from')
+    except (OSError, ValueError, AttributeError):
+        return None
 
 
 def train_tiny_llm(folder: Path, cfg: Config, steps: int = 800, batch_size: int = 32, lr: float = 1e-3) -> None:
@@ -901,6 +906,7 @@ LLM_DEFAULTS = {  # of Hugging Face's LlamaConfig: what a config.json leaves out
 def complete(config: dict, where: str = 'config.json') -> dict:
     """The part of a Hugging Face configuration that decides what is computed, with its defaults; what we would not obey is an error."""
     cfg = {name: config.get(name, default) for name, default in LLM_DEFAULTS.items()}
+    clip_adv.whole_numbers(cfg, LLM_DEFAULTS, where)
     rope = dict(config.get('rope_parameters') or cfg['rope_scaling'] or {})  # the first is how transformers 5 writes it
     cfg['rope_theta'] = rope.pop('rope_theta', cfg['rope_theta'])
     kind = rope.get('rope_type', rope.get('type', 'default'))
@@ -933,7 +939,7 @@ def load_llm(path: str, dtype: torch.dtype) -> tuple[Llama, data.LLMTokenizer]:
         config, tokenizer, weights = read_gguf(place)
     else:
         place = data.locate(path, '--llm')
-        config = data.read_json(place / 'config.json', f'--llm {path}')
+        config = data.read_json(place / 'config.json', f'--llm {path}', dict)
         tokenizer, weights = data.read_llm_tokenizer(place), clip_adv.stored(place, clip_adv.HF_FILES)
     rows = complete(config, f'--llm {path}')['vocab_size']
     if tokenizer.vocab_size > config.get('vocab_size', 32000):
@@ -960,7 +966,10 @@ def fill(llm: Llama, weights, dtype: torch.dtype, where: str, rows: int) -> None
         grown = name.endswith(('embed_tokens.weight', 'lm_head.weight')) and w.shape == (rows, want[1]) and rows < want[0]
         if w.shape != want and not grown:
             wrong.append(f'{name}: {tuple(w.shape)}, {tuple(want)} expected')
+            found.add(name)
             continue
+        if not w.is_floating_point():
+            wrong.append(f'{name}: {w.dtype}, numbers with a fraction expected (quantised weights are not supported)')
         filled = torch.empty(want, dtype=dtype)
         filled[:len(w)] = w
         if grown:
@@ -1101,8 +1110,8 @@ def load_llava(path: str, dtype: torch.dtype = torch.float32) -> tuple[LLaVA, da
         kind = 'which is a CLIP' if (place / 'open_clip_config.json').is_file() or clip_adv.model_type(place) == 'clip' else ''
         kind = 'which holds a run that has not ended: go on with --resume' if (place / 'train_state.pt').exists() and not kind else kind
         raise SystemExit(f'error: {path} is no LLaVA directory (no config.json whose model_type is llava, no adapters){", " * bool(kind)}{kind}')
-    config = data.read_json(place / 'config.json', path)
-    if missing := {'text_config', 'vision_config'} - set(config):
+    config = data.read_json(place / 'config.json', path, dict)
+    if missing := {key for key in ('text_config', 'vision_config') if not isinstance(config.get(key), dict)}:
         raise SystemExit(f'error: {path}/config.json: no {", ".join(sorted(missing))}; expected the format of transformers (such as llava-hf/llava-1.5-7b-hf)')
     layer, select = config.get('vision_feature_layer', -2), config.get('vision_feature_select_strategy', 'default')
     if layer != -2 or select != 'default' or config.get('projector_hidden_act', 'gelu') != 'gelu':
@@ -1110,26 +1119,23 @@ def load_llava(path: str, dtype: torch.dtype = torch.float32) -> tuple[LLaVA, da
                          f'{config.get("projector_hidden_act")}; supported: -2, default, gelu')
     tokenizer, tower = data.read_llm_tokenizer(place), read_tower(place, config['vision_config'])
     text = config['text_config'] | ({'tie_word_embeddings': config['tie_word_embeddings']} if 'tie_word_embeddings' in config else {})
+    rows = complete(text, f'{path}/config.json')['vocab_size']
     with torch.device('meta'):
-        llm = Llama({**text, 'vocab_size': max(text.get('vocab_size', 32000), tokenizer.vocab_size)})
+        llm = Llama({**text, 'vocab_size': max(rows, tokenizer.vocab_size)})
     model = joined(tower, llm, config.get('image_token_index', config.get('image_token_id')), config.get('prompt_style', ''))
     if tokenizer.image != model.image_id:
         raise SystemExit(f'error: {path}: {data.IMAGE} is token {tokenizer.image}, config.json says {model.image_id}')
-    projector, visual, tower_name = {}, {}, 'vision_tower.'
+    projector, visual = {}, {}
 
     def language():
-        nonlocal tower_name
-        for name, w in clip_adv.stored(place, clip_adv.HF_FILES):
-            name = name.removeprefix('model.') if name.startswith(('model.language_model.', 'model.vision_tower.', 'model.multi_modal_projector.')) else name
+        for name, w in clip_adv.once(((llava_name(n), w) for n, w in clip_adv.stored(place, clip_adv.HF_FILES)), path):
             if name.startswith('vision_tower.'):
-                tower_name = 'vision_tower.vision_model.' if name.startswith('vision_tower.vision_model.') else tower_name  # the older name
-                visual[name] = w.float()
+                visual[name] = w.float() if w.is_floating_point() else w  # else it is refused below
             elif name.startswith('multi_modal_projector.'):
-                projector[name] = w.float()
-            else:  # the language model; transformers once wrote language_model.layers and lm_head at the top
-                name = name.removeprefix('language_model.')
-                yield name if name.startswith(('model.', 'lm_head.')) else f'model.{name}', w
-    fill(llm, language(), dtype, path, text.get('vocab_size', 32000))
+                projector[name] = w.float() if w.is_floating_point() else w
+            else:
+                yield name, w
+    fill(llm, language(), dtype, path, rows)
     shapes = {f'multi_modal_projector.{name}': w.shape for name, w in model.projector.state_dict().items()}
     clip_adv.fitting(projector, shapes, f'the projector of {path}')
     model.projector.load_state_dict({name.removeprefix('multi_modal_projector.'): w for name, w in projector.items()})
@@ -1137,10 +1143,21 @@ def load_llava(path: str, dtype: torch.dtype = torch.float32) -> tuple[LLaVA, da
     if clip_adv.vision_not_in_hf(tower):
         visual = clip_adv.fitting({n.replace('vision_tower.', 'visual.', 1): w for n, w in visual.items()}, shapes, f'the image tower of {path}')
     else:
-        visual = clip_adv.from_hf(visual, shapes, f'the image tower of {path}', tower_name)
+        visual = clip_adv.from_hf(visual, shapes, f'the image tower of {path}', 'vision_tower.')
     model.visual.load_state_dict({name.removeprefix('visual.'): w for name, w in visual.items()})
     model.ends = ends_of(llm, tokenizer)
     return model.eval(), tokenizer
+
+
+def llava_name(name: str) -> str:
+    """One name for each weight of Hugging Face's LLaVAs, of those that transformers gave it at one time or another."""
+    name = name.removeprefix('model.') if name.startswith(('model.language_model.', 'model.vision_tower.', 'model.multi_modal_projector.')) else name
+    if name.startswith('vision_tower.'):
+        return name.replace('vision_tower.vision_model.', 'vision_tower.', 1)
+    if name.startswith('multi_modal_projector.'):
+        return name
+    name = name.removeprefix('language_model.')  # transformers once wrote language_model.layers and lm_head at the top
+    return name if name.startswith(('model.', 'lm_head.')) else f'model.{name}'
 
 
 def joined(tower: dict, llm: Llama, image_id: int, style: str) -> LLaVA:
@@ -1151,14 +1168,17 @@ def joined(tower: dict, llm: Llama, image_id: int, style: str) -> LLaVA:
 def load_adapters(place: Path, dtype: torch.dtype) -> tuple[LLaVA, data.LLMTokenizer]:
     """The layout of the released Δ²LLaVA: adapters of PEFT for the LLM that adapter_config.json names, and, in non_lora_trainables.bin, projector
     and image tower, that one in open_clip's names.   official: Open-LLaVA-NeXT/llava/train/train.py, llava/model/builder.py"""
-    config, lora = (data.read_json(place / name, str(place)) for name in ('config.json', 'adapter_config.json'))
+    config, lora = (data.read_json(place / name, str(place), dict) for name in ('config.json', 'adapter_config.json'))
     expected = [(config, 'mm_projector_type', ('mlp2x_gelu',)), (config, 'mm_vision_select_layer', (-2,)), (config, 'mm_vision_select_feature', ('patch', None)),
                 (config, 'image_aspect_ratio', ('pad', 'square', None)), (config, 'mm_use_im_start_end', (False, None)), (config, 'mm_patch_merge_type', ('flat', None)),
-                (lora, 'peft_type', ('LORA',)), (lora, 'bias', ('none', None)), *((lora, key, (False, None, [], {})) for key in (
+                (lora, 'peft_type', ('LORA',)), (lora, 'bias', ('none', None)), (lora, 'init_lora_weights', (True, False, None, 'gaussian')), *((lora, key, (False, None, [], {})) for key in (
                     'fan_in_fan_out', 'modules_to_save', 'rank_pattern', 'alpha_pattern', 'use_rslora', 'use_dora', 'layers_to_transform'))]
     for of, key, allowed in expected:
         if of.get(key) not in allowed:
             raise SystemExit(f'error: {place}/{"config" if of is config else "adapter_config"}.json: {key} is {of.get(key)!r}; supported: {allowed[0]!r}')
+    for key, fits in (('r', lambda x: type(x) is int and x > 0), ('lora_alpha', lambda x: isinstance(x, (int, float))), ('target_modules', lambda x: isinstance(x, list))):
+        if not fits(lora.get(key)):
+            raise SystemExit(f'error: {place}/adapter_config.json: {key} is {lora.get(key)!r}; expected ' + {'r': 'a whole number', 'lora_alpha': 'a number'}.get(key, 'a list of names'))
     base = lora.get('base_model_name_or_path') or ''
     try:
         llm, tokenizer = load_llm(base, dtype)
@@ -1166,9 +1186,9 @@ def load_adapters(place: Path, dtype: torch.dtype) -> tuple[LLaVA, data.LLMToken
         raise SystemExit(f'{e}\n(it is the language model that {place}/adapter_config.json names in base_model_name_or_path, where another place can be named)') from None
 
     # the adapters into the weights
-    prefix, found = 'base_model.model.', {}
-    for name, w in clip_adv.stored(place, [(None, 'adapter_model.safetensors'), (None, 'adapter_model.bin')]):
-        found[name.removeprefix(prefix).replace('.default.weight', '.weight')] = w
+    own_name = lambda name: name.removeprefix('base_model.model.').replace('.default.weight', '.weight')
+    files = [(None, 'adapter_model.safetensors'), (None, 'adapter_model.bin')]
+    found = dict(clip_adv.once(((own_name(n), w) for n, w in clip_adv.stored(place, files)), place))
     targets = lora['target_modules']
     layers = {name: m for name, m in llm.named_modules() if isinstance(m, Linear) and name.rpartition('.')[2] in targets}
     clip_adv.fitting(found, {f'{name}.{part}.weight': torch.Size(shape) for name, m in layers.items() for part, shape in
@@ -1179,12 +1199,13 @@ def load_adapters(place: Path, dtype: torch.dtype) -> tuple[LLaVA, data.LLMToken
 
     # projector and image tower
     projector, visual, others = {}, {}, {}
-    for name, w in clip_adv.stored(place / 'non_lora_trainables.bin', []):
-        name = re.sub(r'^(base_model\.)?(model\.)*', '', name)
+    file = place / 'non_lora_trainables.bin'
+    own_name = lambda name: re.sub(r'^(vision_tower\.)+', 'vision_tower.', re.sub(r'^(base_model\.)?(model\.)*', '', name))
+    for name, w in clip_adv.once(((own_name(n), w) for n, w in clip_adv.stored(file, [])), file):
         if name.startswith('mm_projector.'):
             projector[name.removeprefix('mm_projector.')] = w.float()
         elif name.startswith('vision_tower.'):
-            visual[re.sub(r'^(vision_tower\.)+', '', name)] = w.float()
+            visual[name.removeprefix('vision_tower.')] = w.float()
         else:
             others[name] = w
     clip_adv.fitting(others, {}, f'{place}/non_lora_trainables.bin')
@@ -1206,7 +1227,7 @@ def open_clip_tower(place: Path, config: dict, weights: dict[str, Tensor]) -> di
     """What LLaVA.tower holds, of a tower in open_clip's names: of the open_clip_config.json in the directory, or, as the authors publish it without
     one, from the weights' shapes. The width of the heads leaves no trace there: it is that of open_clip's towers of this width."""
     if (place / 'open_clip_config.json').is_file():
-        whole = data.read_json(place / 'open_clip_config.json', str(place))
+        whole, _ = clip_adv.description(place, '', '')
         whole, how = clip_adv.complete(whole['model_cfg'], whole['preprocess_cfg'], str(place))
         vision, quick = whole['vision_cfg'], whole['quick_gelu']
     else:
@@ -1259,8 +1280,6 @@ def load_trained(model: LLaVA, weights: dict[str, Tensor], where: str) -> None:
 
 
 class Run(clip_adv.Run):
-    FILES = (*clip_adv.STATE_FILES, MODEL, *(name for name in clip_adv.RUN_FILES if name not in (*clip_adv.STATE_FILES, MODEL)))
-
     @property
     def HEADER(self) -> str:
         library = '' if clip_adv.vision_not_in_hf(self.model.tower) else 'library_name: transformers\n'
@@ -1288,7 +1307,7 @@ class Run(clip_adv.Run):
     def save(self, step: int) -> None:
         super().save(step)
         new = self.out / NEW_LLM
-        if self.rank == 0 and new.exists():  # from now on the run in this folder is ours, and so is its LLM
+        if self.rank == 0 and made_here(new):  # from now on the run in this folder is ours, and so is its LLM
             shutil.rmtree(self.out / 'llm', ignore_errors=True)
             new.rename(self.out / 'llm')
 
@@ -1329,6 +1348,9 @@ def check_config(cfg: Config, given: set[str] | None, world: int) -> None:
              'train adapters, or use --dtype float32'),
             (cfg.log_every < 1, f'--log_every {cfg.log_every}: must be at least 1'), (cfg.save_every < 1, f'--save_every {cfg.save_every}: must be at least 1'),
             (is_llava(cfg.init) and 'llm' in clip_adv.typed(cfg, given), f'--llm {cfg.llm}: --init {cfg.init} is a LLaVA and brings its LLM; leave it out'),
+            (cfg.llm == 'tiny' and not is_llava(cfg.init) and (Path(cfg.out) / 'llm').exists()
+             and not made_here(Path(cfg.out) / 'llm') and not tiny_llm(cfg),
+             f'--out {cfg.out}: its folder llm holds no tiny language model of ours, which would take its place: give another --out (to train with it: --llm {cfg.out}/llm)'),
             (is_llava(cfg.init) and cfg.arch, f'--arch {cfg.arch}: --init {cfg.init} is a LLaVA and says what it is; leave it out')])
 
 

@@ -535,21 +535,38 @@ def test_what_training_does_to_a_card(parts, tmp_path, capsys):
     card.write_text('# Somebody else')
     train(steps=1, overwrite=True)
     assert card.read_text() == '# Somebody else' and 'is not a card of a run' in capsys.readouterr().out
-    (tmp_path / 'other' / 'eval').mkdir(parents=True)  # a folder that is no run keeps what is in it
-    (tmp_path / 'other' / 'eval' / 'mine').write_text('')
-    clip_adv.main(*clip_adv.parse(clip_adv.Config, '', flags(**small, steps=1, out=tmp_path / 'other')))
-    assert (tmp_path / 'other' / 'eval' / 'mine').exists()
+    other = tmp_path / 'other'
+    (other / 'eval').mkdir(parents=True)  # what eval.py did not write stays, as does a link
+    (other / 'eval' / 'mine.json').write_text('{}')
+    (other / 'README.md').symlink_to(tmp_path / 'card.md')
+    for how in (dict(), dict(overwrite=True)):
+        clip_adv.main(*clip_adv.parse(clip_adv.Config, '', flags(**small, steps=1, out=other, **how)))
+        assert (other / 'eval' / 'mine.json').exists()
+        evaluate('zeroshot', other, '--n', 2, '--attack', 'none')
+        assert (other / 'README.md').is_symlink() == (not how)
+    (other / 'README.md').unlink()
+    (other / 'README.md').mkdir()
+    (other / 'chat_template.json').write_text('{}')  # transformers would take it for the run's
+    for how in (dict(overwrite=True), dict(resume=True)):
+        with pytest.raises(SystemExit, match=r'of no run \(chat_template.json\)'):
+            clip_adv.main(*clip_adv.parse(clip_adv.Config, '', flags(out=other, **how)))
+    (other / 'chat_template.json').unlink()
+    clip_adv.main(*clip_adv.parse(clip_adv.Config, '', flags(**small, steps=1, out=other, overwrite=True)))
+    assert 'is not a card of a run' in capsys.readouterr().out
 
 
-@pytest.mark.parametrize('how', [dict(), dict(resume=True)])
+@pytest.mark.parametrize('how', [dict(), dict(resume=True), dict(overwrite=True)])
 def test_a_folder_with_somebody_elses_model_is_left_alone(tmp_path, how):
-    """Neither --resume nor no flag at all touches it; sharded, too."""
+    """No flag touches it; sharded, too, and with a train_config.json of somebody else's training, and when it is evaluated."""
     hugging_face(tmp_path, max_shard_size='60KB')
     (tmp_path / 'eval').mkdir()
     (tmp_path / 'eval' / 'mine.csv').write_text('')
+    (tmp_path / 'train_config.json').write_text('{"lr": 1}')
     before = {f: f.read_bytes() for f in tmp_path.rglob('*') if f.is_file()}
-    with pytest.raises(SystemExit, match='holds a model .* that is no run'):
-        clip_adv.main(*clip_adv.parse(clip_adv.Config, '', flags(out=tmp_path, steps=1, **how)))
+    for script in (clip_adv, llava_adv):
+        with pytest.raises(SystemExit, match=r'holds files that are of no run \(.*config.json.*model.safetensors.index.json'):
+            script.main(*clip_adv.parse(script.Config, '', flags(out=tmp_path, **how)))
+    evaluate('zeroshot', tmp_path, '--n', 2, '--attack', 'none')
     assert {f: f.read_bytes() for f in tmp_path.rglob('*') if f.is_file()} == before
 
 
@@ -567,17 +584,50 @@ def test_cards_and_results_that_others_touched(run, tmp_path, capsys):
         evaluate('zeroshot', run, '--n', 3, '--attack', 'none')
         assert card.read_bytes() == content and 'it is left as it is' in capsys.readouterr().err
     other = shutil.copytree(run, tmp_path / 'other')
-    for words in ([run], [run, other]):
+    for words in ([run], [run, other], [run, f'{run}/', '--transfer_from', f'{run}/.']):  # the last: nothing is transferred from a model to itself
         evaluate('audit', *words, '--n', 3, '--queries', 2)
-    assert len(list((run / 'eval').glob('audit*'))) == 2
+    assert len(list((run / 'eval').glob('audit*'))) == 2 and capsys.readouterr().out.count('no other run was given') == 2
 
 
 @pytest.mark.parametrize('change, message', [
     (dict(vision_cfg=dict(layers=[3, 4, 6, 3], patch_size=None)), r'vision_cfg.patch_size is None'), (dict(vision_cfg=dict(image_size=[224, 224])), 'vision_cfg.image_size is'),
-    (dict(vision_cfg=dict(act_kwargs={'foo': 1})), 'vision_cfg.act_kwargs: unknown key foo'), (dict(text_cfg=dict(norm_kwargs={'eps': 1e-6, 'bias': False})), 'text_cfg.norm_kwargs: unknown key bias')])
+    (dict(vision_cfg=None), 'vision_cfg is None'), (dict(embed_dim=None), 'model_cfg.embed_dim is None'), (dict(quick_gelu='no'), "quick_gelu is 'no'; supported: true, false"),
+    (dict(vision_cfg=dict(mlp_ratio='4')), "vision_cfg.mlp_ratio is '4'; supported: a positive number"), (dict(vision_cfg=dict(layers=True)), 'layers is True'),
+    (dict(text_cfg=dict(act_kwargs={'approximate': 'foo'})), "act_kwargs.approximate is 'foo'; supported: none, tanh"),
+    (dict(text_cfg=dict(norm_kwargs={'eps': 'a'})), "text_cfg.norm_kwargs.eps is 'a'"), (dict(vision_cfg=dict(act_kwargs={'foo': 1})), 'vision_cfg.act_kwargs: unknown key foo'), (dict(text_cfg=dict(norm_kwargs={'eps': 1e-6, 'bias': False})), 'text_cfg.norm_kwargs: unknown key bias')])
 def test_configurations_that_cannot_be_obeyed(change, message):
     with pytest.raises(SystemExit, match=message):
         clip_adv.complete(change, {})
+
+
+@pytest.mark.parametrize('how, message', [(dict(mean=None), 'preprocess_cfg.mean is None'), (dict(std=[.1, .1]), 'three numbers'), (dict(std=[.1, .1, 0]), 'three numbers')])
+def test_normalisation_that_cannot_be_obeyed(how, message):
+    with pytest.raises(SystemExit, match=message):
+        clip_adv.complete({}, how)
+
+
+def test_a_file_comes_before_shards(tmp_path, capsys):
+    """As in transformers, where a directory holds both; and an index that names nothing is an error."""
+    from safetensors.torch import load_file, save_file
+    from transformers import CLIPModel
+    hugging_face(tmp_path)
+    whole = load_file(tmp_path / 'model.safetensors')
+    (tmp_path / 'model.safetensors').unlink()
+    hugging_face(tmp_path, max_shard_size='60KB')
+    index = json.loads((tmp_path / 'model.safetensors.index.json').read_text())['weight_map']
+    save_file({n: w + 1 for n, w in whole.items()}, tmp_path / 'model.safetensors')
+    both = clip_adv.load_clip(tmp_path)[0].visual.proj
+    assert torch.equal(both.T, CLIPModel.from_pretrained(tmp_path).visual_projection.weight) and torch.equal(both.T, whole['visual_projection.weight'] + 1)
+    (tmp_path / 'model.safetensors').unlink()
+    shard = tmp_path / index['visual_projection.weight']
+    save_file({**load_file(shard), 'logit_scale': torch.zeros(())}, shard)
+    if index['logit_scale'] != index['visual_projection.weight']:
+        with pytest.raises(SystemExit, match='logit_scale: surplus, .*it is there twice'):
+            clip_adv.load_clip(tmp_path)
+    for content in ([], {'weight_map': None}, {}):
+        (tmp_path / 'model.safetensors.index.json').write_text(json.dumps(content))
+        with pytest.raises(SystemExit, match='expected a JSON object|expected names of weights and their files'):
+            clip_adv.load_clip(tmp_path)
 
 
 # --------------------------------------------------------------------------------------------------------------- README

@@ -202,7 +202,12 @@ def test_a_llava_that_does_not_fit(tmp_path):
         llava_adv.load_llava(str(tmp_path))
     for change, message in [(lambda w: w | {'language_model.lm_head.weight': w['language_model.lm_head.weight'][:7].clone()}, r'lm_head.weight: \(7, 48\), \(384, 48\) expected'),
                             (lambda w: {n: t for n, t in w.items() if 'layers.1.mlp.up_proj' not in n or 'vision' in n}, 'model.layers.1.mlp.up_proj.weight: missing'),
-                            (lambda w: w | {'language_model.model.more': torch.zeros(2)}, 'model.more: surplus')]:
+                            (lambda w: w | {'language_model.model.more': torch.zeros(2)}, 'model.more: surplus'),
+                            *((lambda w, n=n: w | {n: torch.zeros(3)}, 'surplus, .*there twice') for n in (  # other names of weights that are there
+                                'lm_head.weight', 'model.language_model.layers.0.mlp.up_proj.weight', 'model.multi_modal_projector.linear_1.weight',
+                                'model.vision_tower.post_layernorm.bias', 'vision_tower.vision_model.post_layernorm.bias')),
+                            *((lambda w, n=n: w | {n: w[n].to(torch.int8)}, f'{n.removeprefix("language_model.")}: torch.int8') for n in (
+                                'language_model.model.norm.weight', 'multi_modal_projector.linear_1.weight', 'vision_tower.pre_layrnorm.weight'))]:
         save_file(change(dict(whole)), tmp_path / 'model.safetensors')
         with pytest.raises(SystemExit, match=message):
             llava_adv.load_llava(str(tmp_path))
@@ -214,7 +219,9 @@ def test_a_llava_that_does_not_fit(tmp_path):
     (tmp_path / 'config.json').write_text(json.dumps(tied))
     config = json.loads((tmp_path / 'config.json').read_text())
     for change, message in [(dict(vision_feature_layer=-1), 'vision_feature_layer -1'), (dict(vision_feature_select_strategy='full'), 'select_strategy full'),
-                            (dict(vision_config={'model_type': 'siglip_vision_model'}), 'siglip_vision_model'), (dict(image_token_index=5), '<image> is token')]:
+                            (dict(vision_config={'model_type': 'siglip_vision_model'}), 'siglip_vision_model'), (dict(image_token_index=5), '<image> is token'),
+                            (dict(text_config=None), 'no text_config'), (dict(text_config=config['text_config'] | {'vocab_size': None}), 'vocab_size is None'),
+                            (dict(vision_config=config['vision_config'] | {'image_size': [16, 16]}), r'image_size is \[16, 16\]; supported: a whole number')]:
         (tmp_path / 'config.json').write_text(json.dumps(config | change))
         with pytest.raises(SystemExit, match=message):
             llava_adv.load_llava(str(tmp_path))
@@ -308,6 +315,7 @@ def test_the_released_layout_does_not_fit(tmp_path, base):
     released(place, base)
     lora, config = (json.loads((place / name).read_text()) for name in ('adapter_config.json', 'config.json'))
     for name, content, message in [('adapter_config', dict(lora, r=8), r'q_proj.lora_A.weight: \(4, 48\), \(8, 48\) expected'), ('adapter_config', dict(lora, use_dora=True), 'use_dora is True'),
+                                   ('adapter_config', dict(lora, init_lora_weights='pissa'), "init_lora_weights is 'pissa'"), ('adapter_config', dict(lora, r=None), 'r is None'),
                                    ('adapter_config', dict(lora, target_modules=['q_proj']), 'k_proj.lora_A.weight: surplus'),
                                    ('adapter_config', dict(lora, base_model_name_or_path=str(tmp_path / 'nowhere' / 'llm')), 'no such file or directory(?s:.)*base_model_name_or_path'),
                                    ('config', dict(config, mm_projector_type='linear'), "mm_projector_type is 'linear'; supported: 'mlp2x_gelu'"),
@@ -383,8 +391,15 @@ def test_one_stage_over_the_other(parts, whole, tmp_path):
     clip_adv.main(*clip_adv.parse(clip_adv.Config, '', flags(out=out, **small, overwrite=True)))
     assert {f.name for f in out.iterdir()} == {f.name for f in parts['init'].iterdir()} and 'stage 1' in (out / 'README.md').read_text()
     clip_adv.load_clip(out)
-    (out / 'eval').mkdir()
+    evaluation.main(evaluation.parse(['zeroshot', str(out), '--n', '2', '--attack', 'none', '--quiet']))
     settings = {**parts, 'steps_a': 1, 'steps_b': 0}
+    for script in (clip_adv, llava_adv):  # neither continues the other's
+        place = {clip_adv: whole, llava_adv: out}[script]
+        with pytest.raises(SystemExit, match='is not of this stage'):
+            script.main(*clip_adv.parse(script.Config, '', flags(out=place, resume=True)))
+        bare = shutil.copytree(place, tmp_path / f'bare{script.__name__}', ignore=shutil.ignore_patterns('*train_state.pt'))
+        with pytest.raises(SystemExit, match='holds a model .* but no train_state.pt to continue from'):
+            script.main(*clip_adv.parse(script.Config, '', flags(out=bare, resume=True)))
     llava_adv.main(*clip_adv.parse(llava_adv.Config, '', flags(out=out, **settings, overwrite=True)))
     assert {f.name for f in out.iterdir()} == {f.name for f in whole.iterdir()} - {'previous_train_state.pt'} and 'stage 2' in (out / 'README.md').read_text()
     theirs_of(out), llava_adv.load_llava(str(out))

@@ -1,5 +1,6 @@
 """Training of stage 2 as a user runs it: processes, micro-batches, signals, resuming, bad input, the questions typed at a prompt."""
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -209,6 +210,16 @@ def test_the_tiny_llm_of_a_run_is_kept_until_the_next_one_has_a_checkpoint(parts
     train(settings, seed=1, overwrite=True)
     assert llm.read_bytes() != before and not (tmp_path / 'run' / 'new_llm').exists()
     train(settings, seed=1, steps_a=4, overwrite=True)  # other settings, the same language model
+
+
+def test_a_folder_named_llm_that_is_not_ours_is_left_alone(parts, tmp_path):
+    shutil.copytree(parts['llm'], tmp_path / 'run' / 'llm')
+    settings = {k: v for k, v in parts.items() if k != 'llm'} | dict(out=tmp_path / 'run', steps_b=0)
+    for how in (dict(), dict(overwrite=True), dict(resume=True)):
+        with pytest.raises(SystemExit, match='its folder llm holds no tiny language model of ours.*--llm'):
+            train(settings, **how)
+    train(settings, llm=tmp_path / 'run' / 'llm')
+    assert {f.name: f.read_bytes() for f in parts['llm'].iterdir()} == {f.name: f.read_bytes() for f in (tmp_path / 'run' / 'llm').iterdir()}
 
 
 def test_a_tiny_llm_from_a_file_of_conversations(mixed, tmp_path):

@@ -127,6 +127,8 @@ def test_torchrun_restart_implies_resume(tmp_path, monkeypatch):
     monkeypatch.setenv('TORCHELASTIC_RESTART_COUNT', '1')
     train(out=tmp_path)
     assert_same_state(state(tmp_path), before)
+    with pytest.raises(SystemExit, match='--seed 1: the run in .* has 0'):  # died before it could replace the old run, which is not what was asked for
+        train(out=tmp_path, seed=1, overwrite=True)
 
 
 def test_a_run_is_never_overwritten_by_accident(tmp_path):
@@ -154,7 +156,7 @@ def test_a_run_is_never_overwritten_by_accident(tmp_path):
     model.mkdir()
     (model / 'open_clip_model.safetensors').write_bytes(b'the only copy')
     for resume in (False, True):
-        with pytest.raises(SystemExit, match='holds a'):
+        with pytest.raises(SystemExit, match='holds files that are of no run'):
             train(out=model, resume=resume)
     assert (model / 'open_clip_model.safetensors').read_bytes() == b'the only copy'
 

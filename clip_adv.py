@@ -440,8 +440,7 @@ def complete(model_cfg: dict, preprocess_cfg: dict, place: str = '') -> tuple[di
         for key, default in defaults.items():
             if isinstance(default, bool) and not isinstance(of[key], bool):
                 raise SystemExit(f'{at}{name}.{key} is {of[key]!r}; supported: true, false')
-            if type(default) is int and (type(of[key]) is not int or of[key] < (key != 'eos_id')):
-                raise SystemExit(f'{at}{name}.{key} is {of[key]!r}; supported: a whole number (a ViT, square images)')
+        whole_numbers(of, {key: 0 if key == 'eos_id' else 1 for key, default in defaults.items() if type(default) is int}, f'{at}{name}.', ' (a ViT, square images)')
         if not number(of.get('mlp_ratio', 4)):
             raise SystemExit(f'{at}{name}.mlp_ratio is {of["mlp_ratio"]!r}; supported: a positive number')
         for key, inner, allowed in (('act_kwargs', 'approximate', lambda x: x in ('none', 'tanh')), ('norm_kwargs', 'eps', number)):
@@ -467,6 +466,13 @@ def complete(model_cfg: dict, preprocess_cfg: dict, place: str = '') -> tuple[di
         if value % divisor:
             raise SystemExit(f'error: the {what}: {value} / {divisor}')
     return cfg, preprocess
+
+
+def whole_numbers(config: dict, least: dict[str, int], where: str, hint: str = '') -> None:
+    """Refuses what is no whole number, or less than the least.   where: what the message begins with"""
+    for key, bound in least.items():
+        if key in config and (type(config[key]) is not int or config[key] < bound):
+            raise SystemExit(f'{where}{key} is {config[key]!r}; supported: a whole number{hint}')
 
 
 def whole_of(model: CLIP) -> dict:
@@ -553,16 +559,17 @@ def load_clip(path: str | os.PathLike, size: int | None = None, arch: str = '', 
         weights['logit_scale'] = weights['logit_scale'].reshape(())  # some have it as a vector of one
     weights = (from_hf if hugging_face else fitting)(weights, shapes, str(place))
 
+    tokens = None
     if tokenizer:
         tokens = data.read_tokenizer(tokenizer, text['context_length'], data.tokenizer_mode(text), text['pool_type'])
-    else:
-        tokens = data.tokenizer_of(place if place.is_dir() else place.parent, text) if tokenizer is not None else None
+    elif tokenizer is not None:
+        tokens = data.tokenizer_of(place if place.is_dir() else place.parent, text)
     if tokens and (tokens.vocab_size > text['vocab_size'] or text['pool_type'] == 'eos' and tokens.eos != text['eos_id']):
         raise SystemExit(f'error: {path}: the tokenizer has {tokens.vocab_size} ids and ends a text with {tokens.eos}; the model has {text["vocab_size"]}'
                          + f' and looks for {text["eos_id"]}' * (text['pool_type'] == 'eos'))
 
-    model_cfg = {**config['model_cfg'], 'vision_cfg': dict(config['model_cfg'].get('vision_cfg', {})),
-                 'text_cfg': own_tokenizer(config['model_cfg'].get('text_cfg', {}), tokens) if tokens else config['model_cfg'].get('text_cfg', {})}
+    vision_cfg, text_cfg = (dict(config['model_cfg'].get(name, {})) for name in ('vision_cfg', 'text_cfg'))
+    model_cfg = {**config['model_cfg'], 'vision_cfg': vision_cfg, 'text_cfg': own_tokenizer(text_cfg, tokens) if tokens else text_cfg}
     if size is not None and size != vision['image_size']:
         model_cfg['vision_cfg']['image_size'], preprocess['size'] = size, None
         complete(model_cfg, preprocess)
@@ -602,10 +609,7 @@ HF_FILES = [('model.safetensors.index.json', 'model.safetensors'), ('pytorch_mod
 
 def model_type(place: Path) -> str | None:
     """What the config.json of a Hugging Face directory says that it is."""
-    try:
-        return json.loads((place / 'config.json').read_text(encoding='utf-8')).get('model_type')
-    except (OSError, ValueError, AttributeError):
-        return None
+    return (data.peek_json(place / 'config.json') or {}).get('model_type')
 
 
 def read_arch(arch: str) -> dict:
@@ -833,19 +837,12 @@ def mlp_ratio(hidden: int, width: int) -> float:
     return ratio if int(width * ratio) == hidden else math.nextafter(ratio, math.inf)
 
 
-def whole_numbers(config: dict, defaults: dict, where: str) -> None:
-    """What has a whole number as its default must be one."""
-    for key, default in defaults.items():
-        if type(default) is int and key in config and (type(config[key]) is not int or config[key] < 1):
-            raise SystemExit(f'error: {where}: {key} is {config[key]!r}; supported: a whole number')
-
-
 def from_hf_tower(config: dict, where: str) -> tuple[dict, bool]:
     """(what vision_cfg and text_cfg have in common, quick_gelu) of a vision_config or text_config"""
     acts = {'quick_gelu': None, 'gelu': None, 'gelu_pytorch_tanh': {'approximate': 'tanh'}}
     if str(config['hidden_act']) not in acts:
         raise SystemExit(f'error: {where}/config.json: hidden_act {config["hidden_act"]!r}; supported: {", ".join(acts)}')
-    whole_numbers(config, {**HF_VISION, **HF_TEXT}, f'{where}/config.json')
+    whole_numbers(config, {key: 1 for key, default in {**HF_VISION, **HF_TEXT}.items() if type(default) is int}, f'error: {where}/config.json: ')
     act, eps, heads = acts[config['hidden_act']], config['layer_norm_eps'], config['num_attention_heads']
     if config['hidden_size'] % heads:
         raise SystemExit(f'error: {where}/config.json: {heads} heads do not divide the width {config["hidden_size"]}')
@@ -1031,8 +1028,9 @@ class Clock:
 
 # ------------------------------------------------------------------------------------------------------- run directory
 STATE_FILES, EXPORT = ('train_state.pt', 'previous_train_state.pt'), 'open_clip_model.safetensors'
-RUN_FILES = (*STATE_FILES, EXPORT, 'model.safetensors', 'open_clip_config.json', 'tokenizer.json', 'tokenizer_config.json', 'config.json',
-             'generation_config.json', 'preprocessor_config.json', 'processor_config.json', 'chat_template.jinja', 'train_config.json', 'log.jsonl')  # of both stages
+MODEL_FILES = (*STATE_FILES, EXPORT, 'model.safetensors', 'open_clip_config.json', 'tokenizer.json', 'tokenizer_config.json', 'config.json',
+               'generation_config.json', 'preprocessor_config.json', 'processor_config.json', 'chat_template.jinja')  # of both stages
+RUN_FILES = (*MODEL_FILES, 'train_config.json', 'log.jsonl')
 NOT_OURS = ('model.safetensors.index.json', 'pytorch_model.bin', 'pytorch_model.bin.index.json', 'open_clip_pytorch_model.safetensors', 'open_clip_pytorch_model.bin',
             'adapter_config.json', 'chat_template.json')  # of models that others wrote; beside a run they would be taken for it
 FREE_ON_RESUME = {'out', 'resume', 'overwrite', 'workers', 'compile', 'log_every', 'save_every'}  # change no result
@@ -1045,17 +1043,16 @@ def open_run(cfg, given: set[str] | None) -> tuple[dict | None, object]:
     put aside when training begins (Run.introduce), and deleted with the first checkpoint of the new run (Run.save).
     """
     out, state, fields = Path(cfg.out), None, {f.name for f in dataclasses.fields(cfg)}
-    saved = [out / name for name in STATE_FILES]
     if cfg.resume and cfg.overwrite:
         raise SystemExit('error: --resume and --overwrite exclude each other')
     resume = cfg.resume or int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)) > 0  # torchrun restarted us: go on
     found, others = ([name for name in names if (out / name).exists()] for names in (RUN_FILES, NOT_OURS))
-    model = [name for name in found if name not in ('train_config.json', 'log.jsonl')]
+    model = [name for name in found if name in MODEL_FILES]
     if strange := (found if not is_run(out) else []) + others:  # such as a model of Hugging Face's
         raise SystemExit(f'error: --out {out} holds files that are of no run ({", ".join(strange)}) and would be mixed with it, or lost: give another --out, '
                          f'or move them away')
     if resume:
-        state = load_state(saved)
+        state = load_state([out / name for name in STATE_FILES])
         if state is None and model and not cfg.overwrite:
             raise SystemExit(f'error: --resume: --out {out} holds a model ({", ".join(model)}) but no train_state.pt to continue from; '
                              f'give another --out (and --init {out} to start from that model)')
@@ -1079,10 +1076,8 @@ def open_run(cfg, given: set[str] | None) -> tuple[dict | None, object]:
 
 def is_run(out: Path) -> bool:
     """Whether our training wrote what is there: by its train_config.json, or by a checkpoint."""
-    try:
-        return {'config', 'commit', 'versions', 'processes'} <= set(json.loads((out / 'train_config.json').read_text(encoding='utf-8')))
-    except (OSError, ValueError, TypeError):
-        return any((out / name).exists() for name in STATE_FILES)
+    about = data.peek_json(out / 'train_config.json')
+    return any((out / name).exists() for name in STATE_FILES) if about is None else {'config', 'commit', 'versions', 'processes'} <= set(about)
 
 
 def all_agree(step: int, cfg, world: int) -> None:
@@ -1145,7 +1140,7 @@ class Run:
         except OSError as e:
             raise SystemExit(f'error: --out {self.out}: {e}') from None
         if not first_step:
-            worth_keeping = any((self.out / name).exists() for name in RUN_FILES if name not in ('train_config.json', 'log.jsonl'))
+            worth_keeping = any((self.out / name).exists() for name in MODEL_FILES)
             card = all(mark in read_text(self.out / CARD) for name in ('training', 'results') for mark in marks(name))  # a README.md of somebody else stays
             measured = [f'eval/{file.name}' for file in (self.out / 'eval').glob('*.json') if is_measurement(file)] if worth_keeping else []
             if measured:
@@ -1365,10 +1360,7 @@ def weights_of(out: Path) -> Path:
 
 def is_measurement(file: Path) -> bool:
     """Whether eval.py wrote it."""
-    try:
-        return {'weights', 'card', 'results'} <= set(json.loads(file.read_text(encoding='utf-8')))
-    except (OSError, ValueError, TypeError):
-        return False
+    return {'weights', 'card', 'results'} <= set(data.peek_json(file) or {})
 
 
 def results(out: Path) -> str:

@@ -53,6 +53,15 @@ def read_json(path: Path, what: str, kind: type = object):
     return content
 
 
+def peek_json(path: Path) -> dict | None:
+    """The object in a JSON file, to see what a folder is; {} if it holds something else, None if it cannot be read."""
+    try:
+        content = json.loads(path.read_text(encoding='utf-8'))
+    except (OSError, ValueError):
+        return None
+    return content if isinstance(content, dict) else {}
+
+
 # ------------------------------------------------------------------------------------------------ image-text pairs
 @dataclass
 class Pairs:
@@ -1048,8 +1057,8 @@ def tokenizer_from_text(text: str, text_cfg: dict) -> Tokenizer:
 
 
 # -------------------------------------------------------------------------------------------------------------- the hub
-WEIGHTS = (['adapter_model.*', 'non_lora_trainables.bin'], ['open_clip_model.safetensors'], ['open_clip_pytorch_model.safetensors'], ['open_clip_pytorch_model.bin'],
-           ['model.safetensors', 'model-*.safetensors'], ['pytorch_model*.bin'])  # the first of these that a repository has is fetched
+WEIGHTS = (('adapter_model.*', 'non_lora_trainables.bin'), ('open_clip_model.safetensors',), ('open_clip_pytorch_model.safetensors',), ('open_clip_pytorch_model.bin',),
+           ('model.safetensors', 'model-*.safetensors'), ('pytorch_model*.bin',))  # the first of these that a repository has is fetched
 
 
 def locate(name: str | os.PathLike, what: str = '') -> Path:
@@ -1068,7 +1077,8 @@ def is_repository(name: str | os.PathLike) -> bool:
     return bool(re.fullmatch(r'(hf-hub:)?[\w-][\w.-]*/[\w.-]+', name)) and not name.startswith('runs/') and not place.exists() and not place.parent.is_dir()
 
 
-def fetch(name: str, what: str, weights: tuple | list = ()) -> Path:
+@functools.cache  # a process asks the hub once
+def fetch(name: str, what: str, weights: tuple[tuple[str, ...], ...] = ()) -> Path:
     """A repository of Hugging Face's hub → the folder it was fetched into (~/.cache/huggingface): its small files and the first group of
     weights that it has. What is there already is not fetched again; HF_HUB_OFFLINE=1 keeps it from asking."""
     wanted = ['*.json', '*.jinja', '*.txt', 'tokenizer.model']
@@ -1081,7 +1091,7 @@ def fetch(name: str, what: str, weights: tuple | list = ()) -> Path:
                 return Path(snapshot_download(name, allow_patterns=wanted, local_files_only=True))
             except Exception:
                 raise e from None  # says more than that nothing was fetched before
-        wanted += next((group for group in weights if any(fnmatch.filter(files, pattern) for pattern in group)), [])
+        wanted += next((group for group in weights if any(fnmatch.filter(files, pattern) for pattern in group)), ())
         return Path(snapshot_download(name, allow_patterns=wanted))
     except ImportError:
         raise SystemExit(f'error: {what}; to fetch it from the hub: pip install huggingface_hub') from None

@@ -815,10 +815,7 @@ def tiny_llm(cfg: Config) -> Path | None:
 
 def made_here(folder: Path) -> list | None:
     """What a tiny LLM of ours was made from; None: it is none of ours, or not there."""
-    try:
-        return json.loads((folder / 'config.json').read_text(encoding='utf-8')).get('made_from')
-    except (OSError, ValueError, AttributeError):
-        return None
+    return (data.peek_json(folder / 'config.json') or {}).get('made_from')
 
 
 def train_tiny_llm(folder: Path, cfg: Config, steps: int = 800, batch_size: int = 32, lr: float = 1e-3) -> None:
@@ -906,7 +903,7 @@ LLM_DEFAULTS = {  # of Hugging Face's LlamaConfig: what a config.json leaves out
 def complete(config: dict, where: str = 'config.json') -> dict:
     """The part of a Hugging Face configuration that decides what is computed, with its defaults; what we would not obey is an error."""
     cfg = {name: config.get(name, default) for name, default in LLM_DEFAULTS.items()}
-    clip_adv.whole_numbers(cfg, LLM_DEFAULTS, where)
+    clip_adv.whole_numbers(cfg, {key: 1 for key, default in LLM_DEFAULTS.items() if type(default) is int}, f'error: {where}: ')
     rope = dict(config.get('rope_parameters') or cfg['rope_scaling'] or {})  # the first is how transformers 5 writes it
     cfg['rope_theta'] = rope.pop('rope_theta', cfg['rope_theta'])
     kind = rope.get('rope_type', rope.get('type', 'default'))
@@ -1130,9 +1127,9 @@ def load_llava(path: str, dtype: torch.dtype = torch.float32) -> tuple[LLaVA, da
     def language():
         for name, w in clip_adv.once(((llava_name(n), w) for n, w in clip_adv.stored(place, clip_adv.HF_FILES)), path):
             if name.startswith('vision_tower.'):
-                visual[name] = w.float() if w.is_floating_point() else w  # else it is refused below
+                visual[name] = w
             elif name.startswith('multi_modal_projector.'):
-                projector[name] = w.float() if w.is_floating_point() else w
+                projector[name] = w
             else:
                 yield name, w
     fill(llm, language(), dtype, path, rows)
@@ -1203,9 +1200,9 @@ def load_adapters(place: Path, dtype: torch.dtype) -> tuple[LLaVA, data.LLMToken
     own_name = lambda name: re.sub(r'^(vision_tower\.)+', 'vision_tower.', re.sub(r'^(base_model\.)?(model\.)*', '', name))
     for name, w in clip_adv.once(((own_name(n), w) for n, w in clip_adv.stored(file, [])), file):
         if name.startswith('mm_projector.'):
-            projector[name.removeprefix('mm_projector.')] = w.float()
+            projector[name.removeprefix('mm_projector.')] = w
         elif name.startswith('vision_tower.'):
-            visual[name.removeprefix('vision_tower.')] = w.float()
+            visual[name.removeprefix('vision_tower.')] = w
         else:
             others[name] = w
     clip_adv.fitting(others, {}, f'{place}/non_lora_trainables.bin')
@@ -1330,6 +1327,7 @@ class Run(clip_adv.Run):
 
 def check_config(cfg: Config, given: set[str] | None, world: int) -> None:
     """Fills in α; refuses what cannot be meant, with what, value, limit and flag."""
+    llava = is_llava(cfg.init)
     clip_adv.refuse(clip_adv.wrong_attack(cfg) + [
             (cfg.steps_a < -1 or cfg.steps_b < -1 or not (cfg.steps_a or cfg.steps_b),
              f'--steps_a {cfg.steps_a} --steps_b {cfg.steps_b}: must be -1 (one epoch), 0 or more, and not both 0'),
@@ -1347,11 +1345,11 @@ def check_config(cfg: Config, given: set[str] | None, world: int) -> None:
             (cfg.lora_r == 0 and cfg.dtype == 'bfloat16', '--dtype bfloat16 with --lora_r 0: small updates of bfloat16 weights would be rounded away; '
              'train adapters, or use --dtype float32'),
             (cfg.log_every < 1, f'--log_every {cfg.log_every}: must be at least 1'), (cfg.save_every < 1, f'--save_every {cfg.save_every}: must be at least 1'),
-            (is_llava(cfg.init) and 'llm' in clip_adv.typed(cfg, given), f'--llm {cfg.llm}: --init {cfg.init} is a LLaVA and brings its LLM; leave it out'),
-            (cfg.llm == 'tiny' and not is_llava(cfg.init) and (Path(cfg.out) / 'llm').exists()
+            (llava and 'llm' in clip_adv.typed(cfg, given), f'--llm {cfg.llm}: --init {cfg.init} is a LLaVA and brings its LLM; leave it out'),
+            (cfg.llm == 'tiny' and not llava and (Path(cfg.out) / 'llm').exists()
              and not made_here(Path(cfg.out) / 'llm') and not tiny_llm(cfg),
              f'--out {cfg.out}: its folder llm holds no tiny language model of ours, which would take its place: give another --out (to train with it: --llm {cfg.out}/llm)'),
-            (is_llava(cfg.init) and cfg.arch, f'--arch {cfg.arch}: --init {cfg.init} is a LLaVA and says what it is; leave it out')])
+            (llava and cfg.arch, f'--arch {cfg.arch}: --init {cfg.init} is a LLaVA and says what it is; leave it out')])
 
 
 if __name__ == '__main__':

@@ -328,6 +328,8 @@ def test_the_released_layout_does_not_fit(tmp_path, base):
     rest = torch.load(place / 'non_lora_trainables.bin', weights_only=True)
     for change, message in [(lambda w: w | {'base_model.model.model.embed_tokens.weight': torch.zeros(2, 2)}, 'embed_tokens.weight: surplus'),
                             (lambda w: {n: t for n, t in w.items() if 'mm_projector.2.bias' not in n}, '2.bias: missing'),
+                            *((lambda w, part=part: {n: t.to(torch.int8) if part in n else t for n, t in w.items()}, 'torch.int8, numbers with a fraction expected')
+                              for part in ('mm_projector.2.bias', 'resblocks.1.ln_1')),
                             (lambda w: {n: t for n, t in w.items() if 'resblocks.1.ln_1' not in n}, 'transformer.resblocks.1.ln_1.weight: missing'),
                             (lambda w: {n: t for n, t in w.items() if 'vision_tower' not in n}, "no image tower in open_clip's names")]:
         torch.save(change(rest), place / 'non_lora_trainables.bin')

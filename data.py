@@ -1,13 +1,16 @@
-"""Data: image-text pairs, their pixels in [0, 1], their order, their tokens.
+"""What is read and written: pairs and conversations, their pixels in [0, 1], order, tokenizers and prompts;
+files of weights, settings from the command line, processes, the run directory. No model, no attack.
 
-    pairs  = load_pairs('easyvqa', 'train')             # or a folder with metadata.jsonl
-    loader = batches(pairs, tokenizer, size, ...)       # uint8 images [b, 3, S, S] and token ids [b, L]
-    images = class_set('CIFAR10', 'test', root='data')  # for zero-shot classification: images, class names, templates
-    images = caption_set('easyvqa', 'test')             # for retrieval: images and the captions of each
+    pairs = load_pairs('easyvqa', 'train')    # image-text pairs; or a folder with metadata.jsonl
+    chats = load_chats('easyvqa', 'train')    # conversations; or a JSON file in LLaVA's format
+    batches = loader(PairDataset(pairs, tokenizer, fit, seed), Order(len(pairs), batch_size, …))
 
 `python data.py` prints what the easy-VQA captions are derived from. Everything random here is a function of
-(seed, number of the sample in the stream), never of a rank, a worker or a batch size.
+(seed, purpose, number of the sample in the stream), never of a rank, a worker or a batch size.
 """
+
+import argparse
+import dataclasses
 import fnmatch
 import functools
 import gzip
@@ -16,56 +19,70 @@ import importlib.util
 import inspect
 import io
 import json
+import math
 import os
+import platform
 import re
-import tarfile
+import resource
+import shlex
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+import typing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable
 
 import numpy as np
+
+if 'OMP_WAIT_POLICY' not in os.environ:  # waiting threads would spin for long and take cores from others
+    os.environ.setdefault('GOMP_SPINCOUNT', '1000')
 import torch
+import torch.distributed as dist
 import torchvision
 from PIL import Image, UnidentifiedImageError
-from tokenizers import AddedToken, Regex
+from safetensors import safe_open
+from safetensors.torch import save_file
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from tokenizers import Tokenizer as HFTokenizer
-from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
+from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as TF
+from tqdm import tqdm
 
 COLOURS = ('black', 'blue', 'brown', 'gray', 'green', 'red', 'teal', 'yellow')
 SHAPES = ('circle', 'rectangle', 'triangle')
+IMAGE = '<image>'  # in a text: where the image's tokens go
+CAPTION_QUESTION = 'Provide a short caption for this image.'  # the prompt of the authors' evaluation
 
 
 def generator(seed: int, purpose: str, number: int) -> torch.Generator:
-    """A CPU generator that depends on its three arguments and on nothing else; the global one is never touched."""
+    """A CPU generator that depends on its three arguments alone; the global one is never touched."""
     digest = hashlib.blake2b(f'{seed}/{purpose}/{number}'.encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, 'little') >> 1)
 
 
-def read_json(path: Path, what: str, kind: type = object):
-    """The content of a JSON file.   what: the flag or the run that named it, for the error;  kind: dict where it must be an object"""
+def fail(message: str) -> typing.NoReturn:
+    raise SystemExit(f'error: {message}')
+
+
+def read_json(path: Path, what: str, kind: type = dict):
+    """The content of a JSON file.   what: the flag or the directory that named it, for errors"""
     try:
         content = json.loads(path.read_text(encoding='utf-8'))
     except (OSError, ValueError) as e:
-        raise SystemExit(f'error: {what}: cannot read {path}: {e}') from None
+        fail(f'{what}: cannot read {path}: {e}')
     if not isinstance(content, kind):
-        raise SystemExit(f'error: {what}: {path} holds {str(content)[:60]!r}; expected a JSON object')
+        expected = 'object' if kind is dict else 'list'
+        fail(f'{what}: {path} holds {str(content)[:60]!r}; expected a JSON {expected}')
     return content
 
 
-def peek_json(path: Path) -> dict | None:
-    """The object in a JSON file, to see what a folder is; {} if it holds something else, None if it cannot be read."""
-    try:
-        content = json.loads(path.read_text(encoding='utf-8'))
-    except (OSError, ValueError):
-        return None
-    return content if isinstance(content, dict) else {}
-
-
-# ------------------------------------------------------------------------------------------------ image-text pairs
+# ------------------------------------------------------------------------------------------- image-text pairs
 @dataclass
 class Pairs:
     """n images and their captions. `augment` names the distortion that suits them ('shapes', 'crop')."""
+
     files: list[Path]
     captions: list[str]
     augment: str
@@ -74,24 +91,22 @@ class Pairs:
     def __len__(self) -> int:
         return len(self.files)
 
-    def keep(self, rows: list[int], note: str) -> 'Pairs':
-        return Pairs([self.files[i] for i in rows], [self.captions[i] for i in rows], self.augment, self.note + note)
-
 
 def load_pairs(data: str, split: str = 'train', holdout: str = '') -> Pairs:
-    """data: 'easyvqa' or a folder.  split: train, val or test.  holdout: 'red circle,blue triangle', captions left out."""
+    """data: 'easyvqa' or a folder.  split: train, val or test.  holdout: 'red circle,blue triangle', say"""
     if split not in ('train', 'val', 'test'):
-        raise SystemExit(f'error: --split {split}: must be train, val or test')
+        fail(f'--split {split}: must be train, val or test')
     pairs = easyvqa(split) if data == 'easyvqa' else folder(Path(data), split)
     if held := held_out(holdout):
-        known = {pair_name(c) for c in pairs.captions}
-        if missing := [h for h in held if h not in known]:
-            raise SystemExit(f'error: --holdout {", ".join(missing)}: no caption of --data {data} says so; '
-                             f'captions look like "{pairs.captions[0]}"')
-        rows = [i for i, c in enumerate(pairs.captions) if pair_name(c) not in held]
-        pairs = pairs.keep(rows, f'; {len(pairs) - len(rows)} images of {len(held)} held-out captions left out')
+        names = [pair_name(c) for c in pairs.captions]
+        if missing := set(held) - set(names):
+            fail(f'--holdout {", ".join(sorted(missing))}: no caption of --data {data} says so')
+        rows = [i for i, name in enumerate(names) if name not in held]
+        note = f'{pairs.note}; {len(pairs) - len(rows)} images of {len(held)} held-out captions left out'
+        kept = [pairs.files[i] for i in rows], [pairs.captions[i] for i in rows]
+        pairs = Pairs(*kept, pairs.augment, note)
     if not len(pairs):
-        raise SystemExit(f'error: --data {data}: no image is left for --split {split}')
+        fail(f'--data {data}: no image is left for --split {split}')
     return pairs
 
 
@@ -106,41 +121,50 @@ def pair_name(caption: str) -> str:
 
 
 def easyvqa(split: str) -> Pairs:
-    """easy-VQA (`pip install easy-vqa`, MIT): images with one coloured shape; the captions follow from its questions.
+    """easy-VQA (MIT): images of one coloured shape; the captions follow from its questions.
 
     val is a tenth of the captioned training images and never trained on, whatever --seed a run has.
     """
-    facts, n_images = easyvqa_facts('test' if split == 'test' else 'train')
+    published = 'test' if split == 'test' else 'train'
+    facts, n_images = easyvqa_facts(published)
     rows = sorted(facts)
     if split != 'test':
         order = torch.randperm(len(rows), generator=generator(0, 'easyvqa val', 0)).tolist()
-        chosen = order[:len(rows) // 10] if split == 'val' else order[len(rows) // 10:]
+        chosen = order[: len(rows) // 10] if split == 'val' else order[len(rows) // 10 :]
         rows = [rows[i] for i in sorted(chosen)]
-    root = easyvqa_root() / ('test' if split == 'test' else 'train') / 'images'
-    return Pairs([root / f'{i}.png' for i in rows], [f'a {facts[i][0]} {facts[i][1]}' for i in rows], 'shapes',
-                 f'easyvqa: {len(facts)} of {n_images} images have a caption that follows from the questions; '
-                 f'{len(rows)} of them are --split {split}')
+    root = easyvqa_root() / published / 'images'
+    captions = [f'a {facts[i][0]} {facts[i][1]}' for i in rows]
+    note = f'easyvqa: {len(facts)} of {n_images} images have a caption that follows from the questions'
+    files, note = [root / f'{i}.png' for i in rows], f'{note}; {len(rows)} of them are --split {split}'
+    return Pairs(files, captions, 'shapes', note)
 
 
 def easyvqa_root() -> Path:
     try:
         import easy_vqa
     except ImportError:
-        raise SystemExit('error: --data easyvqa needs the package easy-vqa: pip install easy-vqa') from None
+        fail('--data easyvqa needs the package easy-vqa: pip install easy-vqa')
     return Path(easy_vqa.__file__).parent / 'data'
 
 
-def easyvqa_facts(split: str) -> tuple[dict[int, tuple[str, str]], int]:
-    """{image id: (colour, shape)} for all images whose questions leave one colour and one shape, and the image count.
-
-    Three ways to know without guessing: a direct answer ("what color is the circle?" "red": red, and a circle);
-    a yes, or the no to a negation ("is there not a circle?" "no"); elimination, when every other value is denied.
-    """
-    root = easyvqa_root()  # first, since it says clearly that the package is not there
+def easyvqa_asked(published: str) -> list[tuple[str, str, int]]:
+    """[(question, answer, image id)] of easy-VQA's own train or test split"""
+    easyvqa_root()  # first, since it says clearly that the package is not there
     import easy_vqa
-    questions = easy_vqa.get_train_questions() if split == 'train' else easy_vqa.get_test_questions()
+
+    questions = easy_vqa.get_train_questions() if published == 'train' else easy_vqa.get_test_questions()
+    return list(zip(*questions, strict=True))
+
+
+def easyvqa_facts(published: str) -> tuple[dict[int, tuple[str, str]], int]:
+    """{image id: (colour, shape)} where the questions leave one of each; and the number of images.
+
+    Three ways to know without guessing: a direct answer ("what color is the circle?" "red": red, and a
+    circle); a yes, or the no to a negation ("is there not a circle?" "no"); elimination, when every other
+    value is denied.
+    """
     possible: dict[int, tuple[set, set]] = {}
-    for question, answer, image in zip(*questions):
+    for question, answer, image in easyvqa_asked(published):
         colours, shapes = possible.setdefault(image, (set(COLOURS), set(SHAPES)))
         words = re.findall('[a-z]+', question.lower())
         named = [w for w in words if w in COLOURS or w in SHAPES]
@@ -152,27 +176,25 @@ def easyvqa_facts(split: str) -> tuple[dict[int, tuple[str, str]], int]:
             values = colours if value in COLOURS else shapes
             (values.intersection_update if holds else values.difference_update)({value})
     if broken := [i for i, (c, s) in possible.items() if not c or not s]:
-        raise ValueError(f'easy-VQA ({root}): the questions on image {broken[0]} contradict each other')
+        raise ValueError(f'{easyvqa_root()}: the questions on image {broken[0]} contradict each other')
     facts = {i: (*c, *s) for i, (c, s) in possible.items() if len(c) == len(s) == 1}
     return facts, len(possible)
 
 
 def folder(path: Path, split: str) -> Pairs:
-    """A folder with metadata.jsonl: one {"file_name": …, "text": …} a line (Hugging Face's imagefolder convention).
+    """A folder with metadata.jsonl: one {"file_name": …, "text": …} a line (Hugging Face's imagefolder).
 
-    With subfolders train/, val/, test/, each has its own metadata.jsonl; without them, all of it is for training.
+    With subfolders train/, val/, test/, each has its own metadata.jsonl; without, all is for training.
     """
+    if not path.is_dir():
+        fail(f'--data {path}: no such folder (and not the name "easyvqa")')
     root = path / split if (path / split).is_dir() or split != 'train' else path
     table = root / 'metadata.jsonl'
-    if not path.is_dir():
-        raise SystemExit(f'error: --data {path}: no such folder (and not the name "easyvqa")')
+    expected = 'expected {"file_name": …, "text": …} a line, in UTF-8'
     try:
-        lines = table.read_text(encoding='utf-8').split('\n')  # splitlines() also cuts at U+2028, which JSON may hold
-    except UnicodeDecodeError as e:
-        raise SystemExit(f'error: {table}: {e}; it must be UTF-8') from None
-    except OSError as e:
-        raise SystemExit(f'error: --data {path}, split {split}: cannot read {table}: {e.strerror}; expected one '
-                         f'{{"file_name": …, "text": …}} a line') from None
+        lines = table.read_text(encoding='utf-8').split('\n')  # splitlines() also cuts at U+2028
+    except (OSError, UnicodeDecodeError) as e:
+        fail(f'--data {path}, split {split}: cannot read {table}: {e}; {expected}')
     files, captions = [], []
     for number, line in enumerate(lines, 1):
         if not line.strip():
@@ -180,34 +202,23 @@ def folder(path: Path, split: str) -> Pairs:
         try:
             row = json.loads(line)
             file, caption = root / row['file_name'], row['text'].strip()
+            if not caption or not file.is_file():
+                raise ValueError('the text is empty' if not caption else f'no file {file}')
         except (ValueError, KeyError, TypeError, AttributeError) as e:
-            raise SystemExit(f'error: {table}, line {number}: {type(e).__name__}: {e}; '
-                             f'expected {{"file_name": …, "text": …}}') from None
-        if not caption or not file.is_file():
-            raise SystemExit(f'error: {table}, line {number}: ' + ('the text is empty' if not caption else f'no file {file}'))
+            fail(f'{table}, line {number}: {type(e).__name__}: {e}; {expected}')
         files.append(file)
         captions.append(caption)
     return Pairs(files, captions, 'crop', f'{table}: {len(files)} pairs')
 
 
-# -------------------------------------------------------------------------------------------------- conversations
-IMAGE = '<image>'  # in a text: where the image's tokens go
-CAPTION_QUESTION = 'Provide a short caption for this image.'  # the prompt of the authors' evaluation
-
-
-def describe(colour: str, shape: str) -> list[str]:
-    """Five sentences that say the same two facts, for captions that a metric of n-grams can judge."""
-    return [f'there is a {colour} {shape} in the image', f'the image shows a single {colour} {shape}',
-            f'a picture of one {shape} which is {colour}', f'this is a {shape} and its color is {colour}',
-            f'a {colour} {shape} on a plain background']
-
-
+# ---------------------------------------------------------------------------------------------- conversations
 @dataclass
 class Chat:
     """A training sample of stage 2: what was asked and answered, turn by turn, about one image or none."""
+
     image: Path | None
     turns: list[tuple[str, str]]  # (question, answer); with an image, IMAGE stands once in the questions
-    name: str                     # for errors: where it comes from
+    name: str  # for errors: where it comes from
 
 
 @dataclass
@@ -220,12 +231,25 @@ class Chats:
         return len(self.chats)
 
 
-def load_chats(data: str, split: str = 'train', image_root: str = '', captions: bool = False, turns: int = 1) -> Chats:
+def load_chats(data: str, split='train', image_root='', captions: bool = False, turns: int = 1) -> Chats:
     """data: 'easyvqa', or a JSON file in LLaVA's format, whose images lie in image_root.
 
-    captions (easyvqa): pairs of image and sentence, for the projector; else questions, `turns` to a chat, and captions among them.
+    captions (easyvqa): image and sentence, for the projector; else questions, `turns` to a chat, too.
     """
-    return easyvqa_chats(split, captions, turns) if data == 'easyvqa' else llava_json(Path(data), Path(image_root))
+    if data == 'easyvqa':
+        return easyvqa_captions(split) if captions else easyvqa_chats(split, turns)
+    return llava_json(Path(data), Path(image_root))
+
+
+def describe(colour: str, shape: str) -> list[str]:
+    """Five sentences that say the same two facts, for captions that a metric of n-grams can judge."""
+    return [
+        f'there is a {colour} {shape} in the image',
+        f'the image shows a single {colour} {shape}',
+        f'a picture of one {shape} which is {colour}',
+        f'this is a {shape} and its color is {colour}',
+        f'a {colour} {shape} on a plain background',
+    ]
 
 
 def easyvqa_split(split: str) -> tuple[dict[int, tuple[str, str]], list[tuple[str, str, int]], Path]:
@@ -235,492 +259,102 @@ def easyvqa_split(split: str) -> tuple[dict[int, tuple[str, str]], list[tuple[st
     """
     published = 'test' if split == 'test' else 'train'
     facts, _ = easyvqa_facts(published)
-    import easy_vqa
-    asked = list(zip(*(easy_vqa.get_test_questions() if split == 'test' else easy_vqa.get_train_questions())))
-    root = easyvqa_root() / published / 'images'
+    asked = easyvqa_asked(published)
     if split != 'test':
         val = {int(file.stem) for file in easyvqa('val').files}
         facts = {i: fact for i, fact in facts.items() if (i in val) == (split == 'val')}
-        asked = [a for a in asked if (a[2] in val) == (split == 'val')]
-    return facts, asked, root
+        asked = [row for row in asked if (row[2] in val) == (split == 'val')]
+    return facts, asked, easyvqa_root() / published / 'images'
 
 
-def easyvqa_chats(split: str, captions: bool, turns: int) -> Chats:
-    facts, asked, root = easyvqa_split(split)
-    chats = []
-    if captions:
-        for i, fact in sorted(facts.items()):
-            chats += [Chat(root / f'{i}.png', [(IMAGE, sentence)], f'easyvqa, image {i}') for sentence in describe(*fact)]
-        return Chats(chats, 'shapes', f'easyvqa: {len(facts)} images with 5 sentences each')
-    # Three of four questions are yes/no, and most of their answers follow from the question alone. Only as many with yes as with no
-    # are kept for each text, so that it takes a look at the image to gain anything on them.
-    listed = as_questions(asked, root)
-    even = {id(q) for q in balanced(listed)}
-    of: dict[int, list[tuple[str, str]]] = {}
-    for row, (question, answer, i) in zip(listed, asked):
-        if row.kind == 'what' or id(row) in even:
-            of.setdefault(i, []).append((question, answer))
-    for i, questions in sorted(of.items()):
-        order = torch.randperm(len(questions), generator=generator(0, 'easyvqa turns', i)).tolist()
-        if i in facts:  # two of the sentences, so that a quarter of the answers are captions
-            pick = torch.randperm(5, generator=generator(0, 'easyvqa sentence', i)).tolist()
-            chats += [Chat(root / f'{i}.png', [(f'{IMAGE}\n{CAPTION_QUESTION}', describe(*facts[i])[s])], f'easyvqa, image {i}')
-                      for s in pick[:2]]
-        for start in range(0, len(questions), turns):
-            part = [questions[q] for q in order[start:start + turns]]
-            part[0] = (f'{IMAGE}\n{part[0][0]}', part[0][1])
-            chats.append(Chat(root / f'{i}.png', part, f'easyvqa, image {i}'))
-    return Chats(chats, 'shapes', f'easyvqa: {len(chats)} conversations about {len(of)} images, {sum(map(len, of.values()))} of {len(asked)} questions and '
-                                  f'{2 * len(facts)} captions')
-
-
-def llava_json(file: Path, image_root: Path) -> Chats:
-    """[{"id", "image" (a path below image_root; absent: text only), "conversations": [{"from": "human" | "gpt", "value"}]}]"""
-    try:
-        rows = json.loads(file.read_text(encoding='utf-8'))
-    except (OSError, ValueError) as e:
-        raise SystemExit(f"error: --data {file}: {e}; expected 'easyvqa' or a JSON file in LLaVA's format") from None
-    if not isinstance(rows, list) or not rows:
-        raise SystemExit(f'error: --data {file}: expected a list of conversations, got {type(rows).__name__} of length '
-                         f'{len(rows) if hasattr(rows, "__len__") else 0}')
-    chats = []
-    for number, row in enumerate(rows):
-        name = f'{file}, entry {number}'
-        try:
-            name += f' (id {row.get("id", "none")})'
-            said = [(turn['from'], turn['value'].strip()) for turn in row['conversations']]
-            image = image_root / row['image'] if row.get('image') else None
-        except (KeyError, TypeError, AttributeError) as e:
-            raise SystemExit(f'error: {name}: {type(e).__name__}: {e}; expected {{"image": …, "conversations": '
-                             f'[{{"from": "human", "value": …}}, {{"from": "gpt", "value": …}}, …]}}') from None
-        if said and said[0][0] == 'gpt':
-            said = said[1:]  # some published ones open with an answer
-        roles = [role for role, _ in said]
-        if not said or roles != ['human', 'gpt'] * (len(said) // 2):
-            raise SystemExit(f'error: {name}: the turns are {", ".join(roles) or "none"}; must be human, gpt, human, gpt, …')
-        turns = [(q, a) for (_, q), (_, a) in zip(said[::2], said[1::2])]
-        if any(IMAGE in a for _, a in turns):
-            raise SystemExit(f'error: {name}: {IMAGE} in an answer; it may stand in a question only')
-        places = sum(q.count(IMAGE) for q, _ in turns)
-        if isinstance(row.get('image'), list) or places > 1:
-            raise SystemExit(f'error: {name}: two images in one sample ({places} × {IMAGE}); one is supported')
-        if image is not None and not image.is_file():
-            raise SystemExit(f'error: {name}: no file {image}; see --image_root')
-        if image is None and places:
-            raise SystemExit(f'error: {name}: {IMAGE} in a question, and no "image"')
-        if image is not None and not places:
-            turns[0] = (f'{IMAGE}\n{turns[0][0]}', turns[0][1])
-        chats.append(Chat(image, turns, name))
-    without = sum(chat.image is None for chat in chats)
-    return Chats(chats, '', f'{file}: {len(chats)} conversations' + (f', {without} of them without an image' if without else ''))
-
-
-# ------------------------------------------------------------------------------------------- labelled images, to evaluate on
-@dataclass
-class ClassSet:
-    """Images with a class each. They are opened one by one, so memory does not grow with their number."""
-    n: int
-    open: Callable[[int], tuple[Image.Image, int]]  # number → (RGB, label)
-    classes: list[str]
-    templates: list[str]                            # such as 'a photo of a {c}.'
-    note: str = ''
-
-    def item(self, number: int) -> tuple[Image.Image, int]:
-        image, label = self.open(number)
-        if not 0 <= label < len(self.classes):
-            raise SystemExit(f'error: image {number} of {self.note} has the label {label}; there are {len(self.classes)} '
-                             f'class names, so labels must be in 0 … {len(self.classes) - 1}')
-        return image, label
-
-    def prompts(self, name: str) -> list[str]:
-        return [template.replace('{c}', name) for template in self.templates]
-
-
-def both(prefixes: str, suffixes: str = '') -> list[str]:
-    """'a photo of' → 'a photo of a {c}.' and 'a photo of the {c}.', for each of the prefixes (and of the suffixes)."""
-    return [f'{p.strip()} {article} {s}{{c}}.'.strip() for p in prefixes.split(',')
-            for s in [f'{s.strip()} ' if s.strip() else '' for s in suffixes.split(',')] for article in ('a', 'the')]
-
-
-# The prompts that OpenAI published with CLIP (their notebook and data/prompts.md), ordered by their pattern.
-TEMPLATES = {
-    'imagenet': [
-        *both('a bad photo of, a sculpture of, a low resolution photo of, a rendering of, graffiti of, a cropped photo of, a tattoo of, '
-              'a bright photo of, a dark photo of, a drawing of, a close-up photo of, a black and white photo of, a painting of, '
-              'a pixelated photo of, a jpeg corrupted photo of, a blurry photo of, a photo of, a good photo of, a doodle of, '
-              'a sketch of, a rendition of, art of, itap of'),
-        *both('', 'embroidered, plastic, origami, toy, cartoon, plushie'),
-        *both('a photo of', 'hard to see, clean, dirty, cool, large, nice, weird, small'),
-        'a {c} in a video game.', 'the {c} in a video game.', 'a photo of many {c}.', 'a photo of my {c}.', 'a photo of one {c}.',
-        'itap of my {c}.'],
-    'cifar': [*both('a photo of, a blurry photo of, a black and white photo of, a low contrast photo of, a high contrast photo of, '
-                    'a bad photo of, a good photo of'), *both('a photo of', 'small, big')],
-    'Food101': ['a photo of {c}, a type of food.'],
-    'OxfordIIITPet': ['a photo of a {c}, a type of pet.'],
-    'FGVCAircraft': ['a photo of a {c}, a type of aircraft.', 'a photo of the {c}, a type of aircraft.'],
-    'Flowers102': ['a photo of a {c}, a type of flower.'],
-    'DTD': [f'a photo of {article} {{c}} {noun}.' for noun in ('texture', 'pattern', 'thing', 'object') for article in ('a', 'the')],
-    'EuroSAT': ['a centered satellite photo of {c}.', 'a centered satellite photo of a {c}.', 'a centered satellite photo of the {c}.'],
-}
-TEMPLATES |= {'CIFAR10': TEMPLATES['cifar'], 'CIFAR100': TEMPLATES['cifar']}
-
-
-def class_set(data: str, split: str = 'test', root: str = 'data', download: bool = False, classnames: str = '',
-              templates: str = '') -> ClassSet:
-    """data: 'easyvqa'; a folder (metadata.jsonl, whose captions are the classes; CLIP_benchmark's layout: classnames.txt,
-    SPLIT/*.tar; or a subfolder for each class and classnames.txt); or a class of torchvision.datasets, looked for in root.
-
-    classnames, templates: files, a line each, in place of those that come with the data; templates also takes a key of TEMPLATES.
-    """
-    path = Path(data)
-    if data == 'easyvqa' or any((p / 'metadata.jsonl').is_file() for p in (path, path / split)):
-        found = captions_as_classes(data, split)
-    elif path.is_dir():
-        found = (shards if any((path / split).glob('*.tar')) else image_folder)(path, split, bool(classnames))
-    elif inspect.isclass(getattr(torchvision.datasets, data, None)):
-        found = from_torchvision(data, split, root, download, bool(classnames))
-    else:
-        raise SystemExit(f"error: --data {data}: no such folder, and no name that is known: 'easyvqa', or a class of "
-                         f'torchvision.datasets such as CIFAR10, Food101, EuroSAT (upper and lower case matter)')
-    if classnames:
-        found.classes = read_lines(Path(classnames), '--classnames')
-    if templates in TEMPLATES:
-        found.templates = TEMPLATES[templates]
-    elif templates:
-        found.templates = read_lines(Path(templates), f'--templates (also: {", ".join(TEMPLATES)})')
-    for template in found.templates:
-        if '{c}' not in template:
-            raise SystemExit(f'error: {found.note}: the template {template!r} has no {{c}}, where the class name goes')
-    if len(found.classes) < 2:
-        raise SystemExit(f'error: --data {data}: {len(found.classes)} class; zero-shot classification needs at least 2')
-    if len(set(found.classes)) < len(found.classes):
-        twice = next(c for c in found.classes if found.classes.count(c) > 1)
-        raise SystemExit(f'error: {found.note}: the class name {twice!r} is there twice; they must differ')
-    return found
-
-
-def read_lines(file: Path, what: str) -> list[str]:
-    try:
-        lines = [line.strip() for line in file.read_text(encoding='utf-8').split('\n')]
-    except (OSError, UnicodeDecodeError) as e:
-        raise SystemExit(f'error: {what}: cannot read {file}: {e}') from None
-    while lines and not lines[-1]:
-        lines.pop()
-    if not lines or '' in lines:
-        raise SystemExit(f'error: {what}: {file} ' + ('is empty' if not lines else f'has an empty line, {lines.index("") + 1}'))
-    return lines
-
-
-def names_beside(path: Path, overridden: bool) -> list[str]:
-    """The class names that lie with a data set; with --classnames they are not asked for."""
-    if overridden:
-        return []
-    if not (path / 'classnames.txt').is_file():
-        raise SystemExit(f'error: --data {path}: no class names: there is no {path / "classnames.txt"} (a name a line, line 1 for '
-                         f'label 0); write one, or give --classnames FILE')
-    return read_lines(path / 'classnames.txt', f'--data {path}')
-
-
-def captions_as_classes(data: str, split: str) -> ClassSet:
-    """easyvqa: all its colours and shapes, as 'a red circle'. A folder with captions: the captions that it has."""
-    pairs = load_pairs(data, split)
-    classes = [f'{c} {s}' for c in COLOURS for s in SHAPES] if data == 'easyvqa' else sorted(set(pairs.captions))
-    label = {f'a {name}' if data == 'easyvqa' else name: i for i, name in enumerate(classes)}
-    return ClassSet(len(pairs), lambda i: (read_image(pairs.files[i]), label[pairs.captions[i]]), classes,
-                    ['a {c}'] if data == 'easyvqa' else ['{c}'], pairs.note)
-
-
-class Shards:
-    """Samples in tar files, the webdataset convention: files of one name and several endings are one sample.
-
-    Only the headers are read at first, the contents when they are asked for, in any order.
-    """
-
-    def __init__(self, folder: Path):
-        self.samples: list[tuple[Path, str, dict[str, tuple[int, int]]]] = []
-        # by number: 10.tar comes after 9.tar
-        tars = sorted(folder.glob('*.tar'), key=lambda p: [int(w) if w.isdigit() else w for w in re.split(r'(\d+)', p.name)])
-        said = folder / 'nshards.txt'
-        if said.is_file() and (text := said.read_text().strip()) != str(len(tars)):
-            raise SystemExit(f'error: {said} says {text} shards; there are {len(tars)} *.tar')
-        for tar in tars:
-            found: dict[str, dict[str, tuple[int, int]]] = {}
-            try:
-                with tarfile.open(tar, 'r:') as archive:
-                    for member in archive:
-                        if member.isfile():
-                            key, _, ending = member.name.rpartition('/')[2].partition('.')
-                            found.setdefault(member.name[:-len(ending) - 1] if ending else key, {})[ending] = (member.offset_data, member.size)
-            except (tarfile.TarError, OSError) as e:
-                raise SystemExit(f'error: cannot read the shard {tar}: {e}; fetch it again') from None
-            self.samples += [(tar, key, files) for key, files in found.items()]
-        if not self.samples:
-            raise SystemExit(f'error: {folder}: the shards have no samples')
-
-    def read(self, number: int, endings: tuple[str, ...]) -> tuple[bytes, str]:
-        """(content, name) of the file of that sample which has one of the endings."""
-        tar, key, files = self.samples[number]
-        ending = next((e for e in endings if e in files), None)
-        if ending is None:
-            raise SystemExit(f'error: {tar}: the sample {key} has {", ".join(files)}, but no {" or ".join(endings)}')
-        offset, size = files[ending]
-        with open(tar, 'rb') as file:
-            file.seek(offset)
-            return file.read(size), f'{tar}/{key}.{ending}'
-
-    def image(self, number: int) -> Image.Image:
-        content, name = self.read(number, ('jpg', 'png', 'webp', 'jpeg'))
-        return read_image(io.BytesIO(content), name)
-
-
-def shards(path: Path, split: str, overridden: bool) -> ClassSet:
-    """CLIP_benchmark's layout: classnames.txt, zeroshot_classification_templates.txt, SPLIT/*.tar with images and .cls."""
-    classes = names_beside(path, overridden)
-    tars, shipped = Shards(path / split), path / 'zeroshot_classification_templates.txt'
-
-    def label(number: int) -> int:
-        content, name = tars.read(number, ('cls',))
-        try:
-            return int(content)
-        except ValueError:
-            raise SystemExit(f'error: {name}: {content[:20]!r} is no class number') from None
-    return ClassSet(len(tars.samples), lambda i: (tars.image(i), label(i)), classes,
-                    read_lines(shipped, 'templates') if shipped.is_file() else TEMPLATES['imagenet'], f'{path}, split {split}')
-
-
-def image_folder(path: Path, split: str, overridden: bool) -> ClassSet:
-    """A folder for each class, in SPLIT/ where there is one; line i of classnames.txt names the i-th folder by name."""
-    root = path / split if (path / split).is_dir() else path
-    classes = names_beside(path, overridden)
-    folders = sorted(p for p in root.iterdir() if p.is_dir())
-    files = [(f, i) for i, folder in enumerate(folders) for f in sorted(folder.rglob('*'))
-             if f.suffix.lower() in torchvision.datasets.folder.IMG_EXTENSIONS]
-    if not files:
-        raise SystemExit(f'error: --data {path}, split {split}: neither *.tar nor images in subfolders of {root}')
-    if classes and len(classes) != len(folders):
-        raise SystemExit(f'error: {path / "classnames.txt"} has {len(classes)} lines; {root} has {len(folders)} folders, one for each class')
-    return ClassSet(len(files), lambda i: (read_image(files[i][0]), files[i][1]), classes, TEMPLATES['imagenet'], f'{root}')
-
-
-def from_torchvision(name: str, split: str, root: str, download: bool, overridden: bool) -> ClassSet:
-    """Any data set of torchvision whose items are (image, label)."""
-    cls = getattr(torchvision.datasets, name)
-    takes = inspect.signature(cls).parameters
-    settings = {'root': root} if 'root' in takes else {}
-    if 'train' in takes:
-        settings['train'] = split == 'train'
-    elif 'split' in takes:
-        settings['split'] = split
-    if 'download' in takes:
-        settings['download'] = download
-    elif download:
-        raise SystemExit(f'error: --download: torchvision cannot fetch {name}; put it into --root {root}')
-    try:
-        images = cls(**settings)
-    except (RuntimeError, OSError, ValueError, TypeError, ImportError) as e:
-        raise SystemExit(f'error: --data {name}, --split {split}, --root {root}: {e}' +
-                         ('' if download or 'download' not in takes else ' (--download fetches it)')) from None
-    names = getattr(images, 'classes', None)
-    if not names and not overridden:
-        raise SystemExit(f'error: --data {name}: torchvision has no class names for it; give --classnames FILE, a name a line, '
-                         f'line 1 for label 0')
-    names = [(c if isinstance(c, str) else c[0]).replace('_', ' ') for c in names or []]
-    if name == 'EuroSAT':  # AnnualCrop
-        names = [re.sub('(?<=[a-z])(?=[A-Z])', ' ', c).lower() for c in names]
-
-    def item(number: int) -> tuple[Image.Image, int]:
-        try:
-            image, label = images[number]
-        except (UnidentifiedImageError, OSError, SyntaxError) as e:
-            raise BadImage(f'cannot decode image {number} of torchvision\'s {name}: {e}') from None
-        if not isinstance(image, Image.Image) or not isinstance(label, (int, np.integer)):
-            raise SystemExit(f'error: --data {name}: its items are {type(image).__name__} and {type(label).__name__}, '
-                             f'not an image and a class number')
-        return to_rgb(image), int(label)
-    note = f'torchvision.datasets.{name}' + (f', split {split}' if 'train' in takes or 'split' in takes else ', all of it')
-    return ClassSet(len(images), item, names, TEMPLATES.get(name, TEMPLATES['imagenet']), note)
-
-
-@dataclass
-class CaptionSet:
-    """Images with the captions of each (five, often)."""
-    captions: list[list[str]]
-    image: Callable[[int], Image.Image]
-    note: str
-
-
-def caption_set(data: str, split: str = 'test') -> CaptionSet:
-    """'easyvqa', a folder with metadata.jsonl (an image may have several lines), or shards of images and .txt files with a
-    caption a line (CLIP_benchmark's layout of MS-COCO and Flickr)."""
-    path = Path(data)
-    if any((path / split).glob('*.tar')):
-        tars = Shards(path / split)
-        read = [tars.read(i, ('txt',)) for i in range(len(tars.samples))]
-        captions = [[c.strip() for c in text.decode('utf-8', 'replace').split('\n') if c.strip()] for text, _ in read]
-        if [] in captions:
-            raise SystemExit(f'error: {read[captions.index([])][1]} holds no caption')
-        return CaptionSet(captions, tars.image, f'{path}, split {split}')
-    pairs, of = load_pairs(data, split), {}
-    for file, caption in zip(pairs.files, pairs.captions):
-        of.setdefault(file, []).append(caption)
-    files = list(of)
-    return CaptionSet(list(of.values()), lambda i: read_image(files[i]), pairs.note)
-
-
-# ------------------------------------------------------------------------------------- questions and captions, to evaluate on
-@dataclass
-class Question:
-    image: Path
-    question: str
-    answers: list[str]  # of the annotators, ten in VQAv2 and TextVQA, one elsewhere
-    kind: str           # 'what', 'yes/no' or ''
-    name: str           # which one it is, for reports
-
-
-@dataclass
-class QuestionSet:
-    questions: list[Question]
-    note: str
-
-
-@dataclass
-class ReferenceSet:
-    """Images with reference captions, five often."""
-    images: list[Path]
-    captions: list[list[str]]
-    names: list[str]
-    note: str
-
-
-def present(file: Path, what: str) -> Path:
-    if not file.is_file():
-        raise SystemExit(f'error: {what}: no image {file}; see --image_root')
-    return file
-
-
-def as_questions(asked: list[tuple[str, str, int]], root: Path) -> list[Question]:
-    """easy-VQA's (question, answer, image)."""
-    return [Question(root / f'{i}.png', q, [a], 'yes/no' if a in ('yes', 'no') else 'what', f'{n}') for n, (q, a, i) in enumerate(asked)]
-
-
-def vqa_set(data: str, split: str = 'test', annotations: str = '', image_root: str = '') -> QuestionSet:
-    """'easyvqa', or a file of questions: VQAv2's (with `annotations`, the file of answers) or TextVQA's, told by what is in it."""
-    if data == 'easyvqa':
-        _, asked, root = easyvqa_split(split)
-        found = as_questions(asked, root)
-        return QuestionSet(found, f'easyvqa: {len(found)} questions, {sum(q.kind == "what" for q in found)} of them not yes/no')
-    content, root, what = read_json(Path(data), '--data'), Path(image_root), f'--data {data}'
-    try:
-        if isinstance(content, dict) and 'questions' in content:
-            if not annotations:
-                raise SystemExit(f"error: {what}: these are VQAv2's questions; name the file of their answers: --annotations FILE")
-            answers = {a['question_id']: [x['answer'] for x in a['answers']] for a in read_json(Path(annotations), '--annotations')['annotations']}
-            subtype = content['data_subtype']  # 'val2014', say
-            rows = [(f'COCO_{subtype}_{int(q["image_id"]):012d}.jpg', q['question'], answers.get(q['question_id']), q['question_id'])
-                    for q in content['questions']]
-        elif isinstance(content, dict) and 'data' in content:
-            rows = [(f'{q["image_id"]}.jpg', q['question'], q.get('answers'), q['question_id']) for q in content['data']]
-        else:
-            raise SystemExit(f"error: {what}: neither VQAv2's questions (a key \"questions\") nor TextVQA's (a key \"data\")")
-    except (KeyError, TypeError, ValueError) as e:
-        raise SystemExit(f'error: {what}: {type(e).__name__}: {e}; is it the published file?') from None
-    for _, question, of, number in rows:
-        if not of:
-            raise SystemExit(f'error: {what}: question {number} ({question!r}) has no answers' + (f' in {annotations}' if annotations else ''))
-    return QuestionSet([Question(present(root / file, what), q, of, '', f'{number}') for file, q, of, number in rows], f'{data}: {len(rows)} questions')
-
-
-def balanced(questions: list[Question]) -> list[Question]:
-    """Of the yes/no questions, as many with yes as with no for each text: who does not look at the image is right half of the time."""
+def balanced(asked: list[tuple[str, str, int]]) -> list[int]:
+    """Numbers of yes/no questions, for each text as many yes as no: who never looks is half right."""
     of: dict[str, dict[str, list[int]]] = {}
-    for n, q in enumerate(questions):
-        if q.kind == 'yes/no':
-            of.setdefault(q.question, {'yes': [], 'no': []})[q.answers[0]].append(n)
-    kept: set[int] = set()
+    for n, (question, answer, _) in enumerate(asked):
+        if answer in ('yes', 'no'):
+            of.setdefault(question, {'yes': [], 'no': []})[answer].append(n)
+    kept = []
     for text, groups in of.items():
         least = min(map(len, groups.values()))
         for answer, numbers in groups.items():
-            order = torch.randperm(len(numbers), generator=generator(0, f'balanced {text} {answer}', 0)).tolist()
-            kept |= {numbers[i] for i in order[:least]}
-    return [q for n, q in enumerate(questions) if n in kept]
+            g = generator(0, f'balanced {text} {answer}', 0)
+            kept += [numbers[i] for i in torch.randperm(len(numbers), generator=g).tolist()[:least]]
+    return sorted(kept)
 
 
-def pope_set(data: str, split: str = 'test', image_root: str = '') -> QuestionSet:
-    """easyvqa's balanced yes/no questions, or a file of POPE: a line {"question_id", "image", "text", "label": "yes" | "no"} each."""
-    if data == 'easyvqa':
-        found = balanced(vqa_set(data, split).questions)
-        return QuestionSet(found, f'easyvqa: {len(found)} yes/no questions, of each text as many with yes as with no')
-    try:
-        lines = [json.loads(line) for line in Path(data).read_text(encoding='utf-8').split('\n') if line.strip()]
-        found = [Question(Path(image_root) / row['image'], row['text'], [row['label'].lower()], 'yes/no', f'{row["question_id"]}') for row in lines]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
-        raise SystemExit(f'error: --data {data}: {type(e).__name__}: {e}; expected {{"question_id", "image", "text", "label"}} a line') from None
-    for q in found:
-        present(q.image, f'--data {data}')
-        if q.answers[0] not in ('yes', 'no'):
-            raise SystemExit(f'error: --data {data}: question {q.name} has the label {q.answers[0]!r}; must be yes or no')
-    return QuestionSet(found, f'{data}: {len(found)} questions')
+def easyvqa_captions(split: str) -> Chats:
+    facts, _, root = easyvqa_split(split)
+    rows = [(i, sentence) for i, fact in sorted(facts.items()) for sentence in describe(*fact)]
+    chats = [Chat(root / f'{i}.png', [(IMAGE, sentence)], f'easyvqa, image {i}') for i, sentence in rows]
+    return Chats(chats, 'shapes', f'easyvqa: {len(facts)} images with 5 sentences each')
 
 
-def sqa_set(data: str, split: str = 'test', image_root: str = '') -> QuestionSet:
-    """ScienceQA's folder (problems.json, pid_splits.json): the questions with an image, asked as LLaVA 1.5 is asked; the answer is a letter.
-
-    official: LLaVA scripts/convert_sqa_to_llava_base_prompt.py (CQM), llava/eval/model_vqa_science.py (--single-pred-prompt)
-    """
-    folder, root = Path(data), Path(image_root or data)
-    problems, splits = read_json(folder / 'problems.json', '--data'), read_json(folder / 'pid_splits.json', '--data')
-    if split not in splits:
-        raise SystemExit(f'error: --split {split}: {folder / "pid_splits.json"} has {", ".join(splits)}')
-    found = []
-    for number in splits[split]:
-        try:
-            p = problems[number]
-            if not p.get('image'):
-                continue
-            options = ' '.join(f'({chr(65 + i)}) {choice}' for i, choice in enumerate(p['choices']))
-            text = f'Context: {p.get("hint", "").strip() or "N/A"}\nQuestion: {p["question"]}\nOptions: {options}'.replace('  ', ' ')
-            text += "\nAnswer with the option's letter from the given choices directly."
-            found.append(Question(root / split / number / p['image'], text, [chr(65 + p['answer'])], '', number))
-        except (KeyError, TypeError) as e:
-            raise SystemExit(f'error: {folder / "problems.json"}: problem {number}: {type(e).__name__}: {e}') from None
-    for q in found:
-        present(q.image, f'--data {data}')
-    return QuestionSet(found, f'{data}: {len(found)} of {len(splits[split])} questions of {split} have an image')
+def easyvqa_chats(split: str, turns: int) -> Chats:
+    """Three of four questions are yes/no, and most of their answers follow from the question alone. So of
+    these only the balanced ones are kept: it takes a look at the image to gain anything on them."""
+    facts, asked, root = easyvqa_split(split)
+    kept = set(balanced(asked))
+    of: dict[int, list[tuple[str, str]]] = {}
+    for n, (question, answer, image) in enumerate(asked):
+        if answer not in ('yes', 'no') or n in kept:
+            of.setdefault(image, []).append((question, answer))
+    chats = []
+    for image, questions in sorted(of.items()):
+        conversations = []
+        if image in facts:  # two of the sentences, so that a quarter of the answers are captions
+            pick = torch.randperm(5, generator=generator(0, 'easyvqa sentence', image)).tolist()
+            conversations += [[(CAPTION_QUESTION, describe(*facts[image])[s])] for s in pick[:2]]
+        order = torch.randperm(len(questions), generator=generator(0, 'easyvqa turns', image)).tolist()
+        conversations += [[questions[q] for q in order[i : i + turns]] for i in range(0, len(order), turns)]
+        for (question, answer), *others in conversations:
+            said = [(f'{IMAGE}\n{question}', answer), *others]
+            chats.append(Chat(root / f'{image}.png', said, f'easyvqa, image {image}'))
+    questions = f'{sum(map(len, of.values()))} of {len(asked)} questions and {2 * len(facts)} captions'
+    return Chats(chats, 'shapes', f'easyvqa: {len(chats)} conversations about {len(of)} images, {questions}')
 
 
-def references(data: str, split: str = 'test', image_root: str = '') -> ReferenceSet:
-    """'easyvqa' (five sentences from the same two facts), Karpathy's file (dataset_coco.json, dataset_flickr30k.json), or COCO's captions."""
-    if data == 'easyvqa':
-        facts, _, root = easyvqa_split(split)
-        rows = [(root / f'{i}.png', describe(*fact), f'{i}') for i, fact in sorted(facts.items())]
-        return ReferenceSet(*map(list, zip(*rows)), f'easyvqa: {len(rows)} images with 5 sentences each')
-    content, root, what = read_json(Path(data), '--data'), Path(image_root), f'--data {data}'
-    try:
-        if 'annotations' in content:
-            of: dict[int, list[str]] = {}
-            for a in content['annotations']:
-                of.setdefault(a['image_id'], []).append(a['caption'])
-            rows = [(root / i['file_name'], of[i['id']], f'{i["id"]}') for i in content['images'] if i['id'] in of]
-        else:
-            name = lambda i: root / i.get('filepath', '') / i['filename']
-            in_split = lambda i: ('train' if i['split'] == 'restval' else i['split']) == split  # as most papers count it
-            rows = [(name(i), [s['raw'] for s in i['sentences']], i['filename']) for i in content['images'] if in_split(i)]
-    except (KeyError, TypeError, AttributeError) as e:
-        raise SystemExit(f"error: {what}: {type(e).__name__}: {e}; expected Karpathy's dataset_*.json or COCO's captions_*.json") from None
+def llava_json(file: Path, image_root: Path) -> Chats:
+    """[{"image" (none: text only), "conversations": [{"from": "human" | "gpt", "value": …}, …]}, …]"""
+    rows, chats = read_json(file, f"--data {file} ('easyvqa', or a JSON file in LLaVA's format)", list), []
     if not rows:
-        raise SystemExit(f'error: {what}: no image of --split {split}')
-    for file, _, _ in rows:
-        present(file, what)
-    return ReferenceSet(*map(list, zip(*rows)), f'{data}: {len(rows)} images')
+        fail(f'--data {file}: no conversation in it')
+    for number, row in enumerate(rows):
+        name = f'{file}, entry {number}'
+        try:
+            chats.append(llava_chat(row, image_root, f'{name} (id {row.get("id", "none")})'))
+        except (KeyError, TypeError, AttributeError, ValueError) as e:
+            expected = '"conversations": [{"from": "human", "value": …}, {"from": "gpt", "value": …}, …]'
+            fail(f'{name}: {type(e).__name__}: {e}; expected {{"image": …, {expected}}}')
+    without = sum(chat.image is None for chat in chats)
+    return Chats(chats, '', f'{file}: {len(chats)} conversations, {without} of them without an image')
 
 
-# ---------------------------------------------------------------------------------------------------------- pixels
+def llava_chat(row: dict, image_root: Path, name: str) -> Chat:
+    said = [(turn['from'], turn['value'].strip()) for turn in row['conversations']]
+    if said and said[0][0] == 'gpt':
+        said = said[1:]  # some published ones open with an answer
+    roles = [role for role, _ in said]
+    if not said or roles != ['human', 'gpt'] * (len(said) // 2):
+        raise ValueError(f'the turns are {", ".join(roles) or "none"}; must be human, gpt, human, gpt, …')
+    turns = [(q, a) for (_, q), (_, a) in zip(said[::2], said[1::2], strict=True)]
+    image = image_root / row['image'] if row.get('image') else None
+    places = sum(q.count(IMAGE) for q, _ in turns)
+    if image is not None and not image.is_file():
+        raise ValueError(f'no file {image}; see --image_root')
+    if any(IMAGE in a for _, a in turns) or places > (image is not None):
+        raise ValueError(f'{places} × {IMAGE} in the questions; one image at most, and none in an answer')
+    if image is not None and not places:
+        turns[0] = (f'{IMAGE}\n{turns[0][0]}', turns[0][1])
+    return Chat(image, turns, name)
+
+
+# ----------------------------------------------------------------------------------------------------- pixels
 class BadImage(ValueError):
     """An image that cannot be decoded; the message names it."""
 
 
 def read_image(file: Path | io.BytesIO, name: str = '') -> Image.Image:
-    """Decodes to RGB: alpha on white, 16-bit scaled to 8, palette and CMYK converted. Names the file if it cannot."""
+    """Decodes to RGB: alpha on white, 16-bit scaled to 8, palette and CMYK converted. BadImage if not."""
     try:
         with Image.open(file) as image:
             image.load()
@@ -739,30 +373,38 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert('RGB')
 
 
-def fit(image: Image.Image, size: int, interpolation: str = 'bilinear', resize_mode: str = 'shortest') -> torch.Tensor:
-    """RGB image → uint8 [3, size, size], as open_clip's preprocess_cfg has it; see resize."""
-    return TF.pil_to_tensor(resize(image, size, interpolation, resize_mode))
+@dataclass
+class Fit:
+    """RGB image → uint8 [3, size, size], as open_clip's preprocess_cfg says. (Workers can pickle a class.)"""
+
+    size: int
+    interpolation: str = 'bilinear'
+    resize_mode: str = 'shortest'
+    pad_colour: list[float] | None = None  # in [0, 1]: padded to a square with it first, as LLaVA 1.5 does
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        if self.pad_colour is not None:
+            image = pad_to_square(image, self.pad_colour)
+        return TF.pil_to_tensor(resize(image, self.size, self.interpolation, self.resize_mode))
 
 
-def resize(image: Image.Image | torch.Tensor, size: int, interpolation: str, resize_mode: str) -> Image.Image | torch.Tensor:
-    """To size × size. resize_mode 'shortest' (resize the short side, centre crop), 'squash' (ignore the aspect ratio) or
-    'longest' (resize the long side, pad with black). Also takes tensors [..., 3, H, W], and then lets gradients through."""
+def resize(image: Image.Image | Tensor, size: int, interpolation: str, resize_mode: str):
+    """To size × size. resize_mode 'shortest' (resize the short side, centre crop), 'squash' (ignore the
+    aspect ratio) or 'longest' (resize the long side, pad with black). Takes tensors [..., 3, H, W], too."""
     mode = {'bilinear': TF.InterpolationMode.BILINEAR, 'bicubic': TF.InterpolationMode.BICUBIC}[interpolation]
     w, h = image.size if isinstance(image, Image.Image) else (image.shape[-1], image.shape[-2])
     if resize_mode == 'squash':
-        image = TF.resize(image, [size, size], mode)
-    elif resize_mode == 'shortest':
-        image = TF.center_crop(TF.resize(image, [size], mode), [size, size])
-    elif resize_mode == 'longest':
+        return TF.resize(image, [size, size], mode)
+    if resize_mode == 'shortest':
+        return TF.center_crop(TF.resize(image, [size], mode), [size, size])
+    if resize_mode == 'longest':
         scale = size / max(h, w)
-        image = TF.center_crop(TF.resize(image, [round(h * scale), round(w * scale)], mode), [size, size])
-    else:
-        raise ValueError(f'preprocess_cfg: resize_mode {resize_mode!r}: must be shortest, squash or longest')
-    return image
+        return TF.center_crop(TF.resize(image, [round(h * scale), round(w * scale)], mode), [size, size])
+    raise ValueError(f'resize_mode {resize_mode!r}: must be shortest, squash or longest')
 
 
 def pad_to_square(image: Image.Image, colour: list[float]) -> Image.Image:
-    """The image in the middle of a square of the colour (in [0, 1]), as LLaVA 1.5 does it, so that nothing is cut off."""
+    """The image in the middle of a square of the colour (in [0, 1]), so that nothing is cut off."""
     side = max(image.size)
     if image.size == (side, side):
         return image
@@ -771,36 +413,34 @@ def pad_to_square(image: Image.Image, colour: list[float]) -> Image.Image:
     return square
 
 
-def shift_and_flip(image: torch.Tensor, g: torch.Generator) -> torch.Tensor:
-    """For easy-VQA: mirror, and move by up to a sixteenth of the side. Triangles stand upright, so no vertical flip."""
+def shift_and_flip(image: Tensor, g: torch.Generator) -> Tensor:
+    """For easy-VQA: mirror, and move by up to a sixteenth of the side. Triangles stay upright."""
     reach = image.shape[-1] // 16
-    flip, dy, dx = (torch.rand(3, generator=g) * torch.tensor([2, 2 * reach + 1, 2 * reach + 1])).int().tolist()
+    ranges = torch.tensor([2, 2 * reach + 1, 2 * reach + 1])
+    flip, dy, dx = (torch.rand(3, generator=g) * ranges).int().tolist()
     padded = TF.pad(image.flip(-1) if flip else image, [reach] * 4, padding_mode='edge')
-    return padded[:, dy:dy + image.shape[1], dx:dx + image.shape[2]]
+    return padded[:, dy : dy + image.shape[1], dx : dx + image.shape[2]]
 
 
 def random_crop(image: Image.Image, g: torch.Generator) -> Image.Image:
-    """For photos, as CLIP is trained: a crop of 90–100 % of the area at a random place. No flip: captions say "left"."""
+    """For photos, as in CLIP: 90–100 % of the area at a random place. No flip: captions say "left"."""
     area, y, x = torch.rand(3, generator=g).tolist()
     side = (0.9 + 0.1 * area) ** 0.5
     w, h = round(image.width * side), round(image.height * side)
     return TF.crop(image, int(y * (image.height - h + 1)), int(x * (image.width - w + 1)), h, w)
 
 
-# ------------------------------------------------------------------------------------------------- the training stream
+# ---------------------------------------------------------------------------------------- the training stream
 class PairDataset(torch.utils.data.Dataset):
-    """Item (row, number) → (uint8 [3, S, S], token ids [L]); `number` counts samples since the start of training."""
+    """Item (row, number) → (uint8 [3, S, S], token ids [L]); `number` counts samples since training began."""
 
-    def __init__(self, pairs: Pairs, tokenizer, size: int, preprocess: dict, seed: int):
-        self.pairs, self.tokenizer, self.size, self.preprocess, self.seed = pairs, tokenizer, size, preprocess, seed
+    def __init__(self, pairs: Pairs, tokenizer: 'Tokenizer', fit: Fit, seed: int):
+        self.pairs, self.tokenizer, self.fit, self.seed = pairs, tokenizer, fit, seed
         # the shapes are few and small: decode and resize them once
-        self.cache = [self.fit(read_image(f)) for f in pairs.files] if pairs.augment == 'shapes' else None
-        self.tokens: dict[str, torch.Tensor] = {}  # captions repeat; a plain dict, since workers may have to pickle this
+        self.cache = [fit(read_image(f)) for f in pairs.files] if pairs.augment == 'shapes' else None
+        self.tokens: dict[str, Tensor] = {}  # captions repeat; a plain dict, since it may have to be pickled
 
-    def fit(self, image: Image.Image) -> torch.Tensor:
-        return fit(image, self.size, self.preprocess['interpolation'], self.preprocess['resize_mode'])
-
-    def __getitem__(self, item: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+    def __getitem__(self, item: tuple[int, int]) -> tuple[Tensor, Tensor]:
         row, number = item
         g = generator(self.seed, 'augment', number)
         if self.cache is not None:
@@ -818,12 +458,12 @@ class PairDataset(torch.utils.data.Dataset):
 class Order:
     """Batch sampler: for each step the rank's share of the global batch, as (row, number of the sample).
 
-    The stream is epoch after epoch, each a permutation drawn from (seed, epoch) and used to its last sample; step s
-    takes samples s·B … s·B+B−1, rank r the r-th contiguous part of them. So W ranks see what one process sees.
+    The stream is epoch after epoch, each a permutation drawn from (seed, epoch) and used to its last sample;
+    step s takes samples s·B … s·B+B−1, rank r the r-th part of them: W ranks see what one process sees.
     """
 
-    def __init__(self, n: int, batch_size: int, first_step: int, last_step: int, seed: int, rank: int, world: int):
-        self.n, self.batch_size, self.steps, self.seed = n, batch_size, range(first_step, last_step), seed
+    def __init__(self, n: int, batch_size: int, steps: range, seed: int, rank: int, world: int):
+        self.n, self.batch_size, self.steps, self.seed = n, batch_size, steps, seed
         self.share = range(rank * batch_size // world, (rank + 1) * batch_size // world)
 
     def __len__(self) -> int:
@@ -839,60 +479,182 @@ class Order:
             yield [(permutation(number // self.n)[number % self.n], number) for number in numbers]
 
 
-def batches(pairs: Pairs, tokenizer, size: int, preprocess: dict, **how):
-    """Iterates (images uint8 [b, 3, size, size], token ids int64 [b, L]); how: see stream."""
-    return stream(PairDataset(pairs, tokenizer, size, preprocess, how['seed']), len(pairs), **how)
+def loader(dataset, order: Order, workers: int = 0, collate=None):
+    """The dataset's items in that order.   workers: decoding processes; 0 decodes in this one"""
+    own = torch.Generator()  # else the loader draws its workers' seeds from the global generator
+    how = dict(num_workers=workers, persistent_workers=workers > 0, pin_memory=torch.cuda.is_available())
+    return torch.utils.data.DataLoader(dataset, batch_sampler=order, collate_fn=collate, generator=own, **how)
 
 
-def stream(dataset, n: int, *, batch_size: int, first_step: int, last_step: int, seed: int, rank: int = 0, world: int = 1,
-           workers: int = 0, collate=None):
-    """The dataset's items in Order, for the steps first_step … last_step − 1.
+class ChatDataset(torch.utils.data.Dataset):
+    """Item (row, number) → Sample"""
 
-    batch_size: of all ranks together.  workers: decoding processes; 0 decodes in this one.
-    """
-    return torch.utils.data.DataLoader(
-        dataset, batch_sampler=Order(n, batch_size, first_step, last_step, seed, rank, world),
-        num_workers=workers, persistent_workers=workers > 0, pin_memory=torch.cuda.is_available(), collate_fn=collate,
-        generator=torch.Generator())  # else the loader draws its workers' seeds from the global generator
+    def __init__(self, chats: Chats, prompt: 'Prompt', fit: Fit, seed: int):
+        self.chats, self.prompt, self.fit, self.seed = chats, prompt, fit, seed
+        files = {chat.image for chat in chats.chats if chat.image} if chats.augment == 'shapes' else ()
+        self.cache = {file: fit(read_image(file)) for file in sorted(files)}  # as in PairDataset
+
+    def __getitem__(self, item: tuple[int, int]) -> 'Sample':
+        row, number = item
+        chat = self.chats.chats[row]
+        image = None
+        if chat.image is not None:
+            image = self.cache[chat.image] if chat.image in self.cache else self.fit(read_image(chat.image))
+            if self.chats.augment == 'shapes':
+                image = shift_and_flip(image, generator(self.seed, 'augment', number))
+        return Sample(image, *self.prompt(chat), number)
 
 
 @dataclass
 class Sample:
     """One conversation, as the model reads it."""
-    image: torch.Tensor | None  # uint8 [3, S, S]
-    ids: list[int]              # token ids, each image token included
-    labels: list[bool]          # which of them are to be predicted
-    number: int                 # of samples since the start of (the sub-stage of) training: what its randomness is drawn from
+
+    image: Tensor | None  # uint8 [3, S, S]
+    ids: list[int]  # token ids, each image token included
+    labels: list[bool]  # which of them are to be predicted
+    number: int  # of samples since the start of the (sub-stage of) training, for its randomness
 
 
-class ChatDataset(torch.utils.data.Dataset):
-    """Item (row, number) → Sample.   encode: Chat → (ids, labels);  fit: RGB image → uint8 [3, S, S]"""
+@dataclass
+class Batch:
+    """Samples as tensors: token ids padded on the right, and which tokens are to be predicted, from where."""
 
-    def __init__(self, chats: Chats, encode, fit, seed: int):
-        self.chats, self.encode, self.fit_image, self.seed = chats, encode, fit, seed
-        files = {chat.image for chat in chats.chats if chat.image} if chats.augment == 'shapes' else ()
-        self.cache = {file: fit(read_image(file)) for file in sorted(files)}  # as in PairDataset
+    images: Tensor  # uint8 [m, 3, S, S], of the samples that have one
+    ids: Tensor  # int64 [b, T]
+    rows: Tensor  # int64 [n]  the n supervised tokens: in which sample, …
+    columns: Tensor  # int64 [n]  … predicted at which token (the one before), …
+    targets: Tensor  # int64 [n]  … and what they are
+    start: int  # the first of the columns
+    keys: Tensor  # int32 [b]  what the samples' dropout is drawn from
 
-    def __getitem__(self, item: tuple[int, int]) -> Sample:
-        row, number = item
-        chat = self.chats.chats[row]
-        image = None
-        if chat.image is not None:
-            image = self.cache[chat.image] if chat.image in self.cache else self.fit_image(read_image(chat.image))
-            if self.chats.augment == 'shapes':
-                image = shift_and_flip(image, generator(self.seed, 'augment', number))
-        return Sample(image, *self.encode(chat), number)
+    def to(self, device: torch.device) -> 'Batch':
+        moved = (v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for v in vars(self).values())
+        return Batch(*moved)
 
 
-# ------------------------------------------------------------------------------------------------------- tokenizers
-TOKENIZER_CONFIG = {'tokenizer_class': 'PreTrainedTokenizerFast', 'clean_up_tokenization_spaces': False,
-                    'model_input_names': ['input_ids', 'attention_mask']}  # transformers 4 would else hand models token types, which they do not take
+def collate(samples: list[Sample], pad: int, seed: int = 0) -> Batch:
+    """Samples without an image are in ids, not in images."""
+    longest = max(len(s.ids) for s in samples)
+    places = [(r, c) for r, s in enumerate(samples) for c, label in enumerate(s.labels) if label]
+    rows, columns = torch.tensor(places).T
+    ids = torch.tensor([s.ids + [pad] * (longest - len(s.ids)) for s in samples])
+    images = [s.image for s in samples if s.image is not None] or [torch.empty(0, 3, 1, 1, dtype=torch.uint8)]
+    images = torch.stack(images) if images[0].ndim == 3 else images[0]
+    names = [f'{seed}/dropout/{s.number}'.encode() for s in samples]
+    digests = [hashlib.blake2b(name, digest_size=4).digest() for name in names]
+    keys = torch.tensor([int.from_bytes(d, 'little', signed=True) for d in digests], dtype=torch.int32)
+    return Batch(images, ids, rows, columns - 1, ids[rows, columns], int(columns.min()) - 1, keys)
 
 
+# ---------------------------------------------------------------------------------------------------- prompts
+V1_SYSTEM = (
+    'A chat between a curious user and an artificial intelligence assistant. '
+    "The assistant gives helpful, detailed, and polite answers to the user's questions."
+)  # Vicuna's, word for word
+
+
+class BadTemplate(SystemExit):
+    """A chat template that cannot be trained on. Where the user asked for it, this ends the program."""
+
+    def __init__(self, why: str):
+        super().__init__(f'error: --prompt chat: the chat template of the LLM {why}; use --prompt v1')
+        self.why = why
+
+
+def prompt_style(style: str, tokenizer: 'LLMTokenizer') -> str:
+    """The one that was asked for; else 'chat' where there is a template that can be trained on, else 'v1'."""
+    if style or not tokenizer.chat_template:
+        return style or 'v1'
+    try:
+        Prompt(tokenizer, 'chat', 1, 1 << 30).text([('Is it?', 'Yes')])
+        return 'chat'
+    except BadTemplate as e:  # such as that of llava-1.5-7b-hf, whose answers have no end
+        if int(os.environ.get('RANK', 0)) == 0:
+            print(f"note: the chat template {e.why}; so questions are put as Vicuna's (--prompt v1)")
+        return 'v1'
+
+
+class Prompt:
+    """Conversations → text → token ids and labels.
+
+    'plain'  BOS <image> caption newline                                  loss on the caption and the newline
+    'v1'     BOS system USER: <image>\\nquestion ASSISTANT: answer EOS …   loss on the answers and their EOS
+    'chat'   the LLM's own template                                       the same
+    """
+
+    def __init__(self, tokenizer: 'LLMTokenizer', style: str, image_tokens: int, max_length: int):
+        self.tokenizer, self.style = tokenizer, style
+        self.image_tokens, self.max_length = image_tokens, max_length
+        if style == 'chat' and not tokenizer.chat_template:
+            raise BadTemplate('is not there')
+
+    def text(self, turns: list[tuple[str, str | None]]) -> list[tuple[str, bool]]:
+        """[(text, whether it is to be predicted)]; the answer None is the one to be generated."""
+        bos, eos = self.tokenizer.bos_token or '', self.tokenizer.eos_token
+        if self.style == 'chat':
+            return self.text_of_template(turns)
+        if self.style == 'plain':
+            answer = turns[0][1]
+            return [(bos + IMAGE, False)] + ([(f'{answer}\n', True)] if answer is not None else [])
+        parts = [(f'{bos}{V1_SYSTEM} ', False)]
+        for question, answer in turns:
+            parts.append((f'USER: {question} ASSISTANT:', False))
+            parts += [(f' {answer}{eos}', True)] if answer is not None else []
+        return parts
+
+    def text_of_template(self, turns: list[tuple[str, str | None]]) -> list[tuple[str, bool]]:
+        """What the template puts around an answer is found by leaving the answer out."""
+        parts, messages, done, eos = [], [], '', self.tokenizer.eos_token
+        for question, answer in turns:
+            messages.append({'role': 'user', 'content': question})
+            asked = self.tokenizer.render(messages, add_generation_prompt=True)
+            parts.append((asked[len(done) :], False))
+            if answer is None:
+                break
+            messages.append({'role': 'assistant', 'content': answer})
+            done = self.tokenizer.render(messages, add_generation_prompt=False)
+            if not done.startswith(asked):
+                raise BadTemplate('rewrites what was said before')
+            rest = done[len(asked) :]
+            if eos not in rest:
+                raise BadTemplate(f'does not put its end-of-text token {eos!r} behind an answer')
+            end = rest.rfind(eos) + len(eos)
+            parts += [(rest[:end], True), (rest[end:], False)]
+        return parts
+
+    def encode(self, turns: list[tuple[str, str | None]]) -> tuple[list[int], list[bool]]:
+        """(token ids, which are to be predicted). Tokenized whole; a token belongs to the part it ends in."""
+        parts = self.text(turns)
+        tokens, spans = self.tokenizer.encode(''.join(text for text, _ in parts))
+        ends = np.cumsum([len(text) for text, _ in parts])
+        ids, labels = [], []
+        for token, (_, end) in zip(tokens, spans, strict=True):
+            many = self.image_tokens if token == self.tokenizer.image else 1
+            ids += [token] * many
+            labels += [parts[np.searchsorted(ends, end)][1]] * many
+        return ids, labels
+
+    def __call__(self, chat: Chat) -> tuple[list[int], list[bool]]:
+        return self.cut(chat)[:2]
+
+    def cut(self, chat: Chat) -> tuple[list[int], list[bool], bool]:
+        """(token ids, which are to be predicted, whether they were cut). Nothing to train on is an error."""
+        ids, labels = self.encode(chat.turns)
+        length, ids, labels = len(ids), ids[: self.max_length], labels[: self.max_length]
+        size = f'{length} tokens, {self.image_tokens} of an image; --max_length is {self.max_length}'
+        if not any(labels[1:]):
+            fail(f'{chat.name}: no answer to predict is left ({size})')
+        if ids.count(self.tokenizer.image) != self.image_tokens * (chat.image is not None):
+            fail(f'{chat.name}: its image is cut off, or it has none and sub-stage A needs one ({size})')
+        return ids, labels, length > self.max_length
+
+
+# ------------------------------------------------------------------------------------ tokenizers, of captions
 class Tokenizer:
-    """Captions → int64 [n, context]. The layouts, called as open_clip's `tokenizer_mode` and `tokenizer_kwargs` do:
+    """Captions → int64 [n, context]. The layouts, called as open_clip's `tokenizer_mode` and
+    `tokenizer_kwargs`:
 
-    'eot'             start w… end pad…          OpenAI's CLIP, which pools at the end: the highest id, so argmax finds it
+    'eot'             start w… end pad…          OpenAI's CLIP, which pools at the end: the highest id
     'clips'           start w… end pad… [CLS]    ΔCLIP: BERT's WordPiece, pooled at the last token
     'strip_sep_token' start w… pad…              CLIPA: the same, without the end
 
@@ -903,222 +665,205 @@ class Tokenizer:
         self.backend, self.context, self.mode = backend, context, mode
         self.backend.no_padding(), self.backend.no_truncation()
         self.vocab_size = max(backend.get_vocab().values()) + 1
+        self.room = context - (3 if mode == 'clips' else 2)  # tokens of a caption between the special ones
         if mode == 'clips':
             self.bos, self.eos, self.pad, self.cls = 1, 2, 0, backend.token_to_id('[CLS]')
-            if self.cls is None or backend.token_to_id('[PAD]') != 0 or context < 4:
-                raise SystemExit(f'error: --tokenizer: a WordPiece vocab.txt needs [PAD] as its first entry and [CLS]; '
-                                 f'--context {context} must be at least 4')
-        else:
-            ids = backend.encode('a').ids
-            pads = [backend.token_to_id(t) for t in ('<pad>', '[PAD]', '<|pad|>')]
-            self.pad = next((p for p in pads if p is not None), 0)
-            if len(ids) < 3 or pool == 'argmax' and ids[-1] != self.vocab_size - 1 or context < 3:
-                raise SystemExit(f'error: --tokenizer: the text tower pools at the end-of-text token, so the tokenizer must '
-                                 f'put a start and an end around every text (got ids {ids} for "a"), the end having the '
-                                 f'highest id ({self.vocab_size - 1}); --context {context} must be at least 3')
-            self.bos, self.eos = ids[0], ids[-1]
+            if self.cls is None or backend.token_to_id('[PAD]') != 0 or self.room < 1:
+                fail('--tokenizer: vocab.txt must begin with [PAD] and hold [CLS]; --context at least 4')
+            return
+        ids = backend.encode('a').ids
+        pads = [backend.token_to_id(t) for t in ('<pad>', '[PAD]', '<|pad|>')]
+        self.pad = next((p for p in pads if p is not None), 0)
+        if len(ids) < 3 or pool == 'argmax' and ids[-1] != self.vocab_size - 1 or self.room < 1:
+            needed = f'a start and an end with the highest id ({self.vocab_size - 1}) around every text'
+            fail(f'--tokenizer: must put {needed}, not {ids} for "a"; --context must be at least 3')
+        self.bos, self.eos = ids[0], ids[-1]
 
-    def __call__(self, captions: list[str]) -> torch.Tensor:
+    def __call__(self, captions: list[str]) -> Tensor:
         rows = []
         for caption in captions:
             words = self.backend.encode(' '.join(caption.split()), add_special_tokens=False).ids
-            words = [self.bos, *words[:self.room], self.pad if self.mode == 'strip_sep_token' else self.eos]
+            words = [self.bos, *words[: self.room], self.pad if self.mode == 'strip_sep_token' else self.eos]
             row = words + [self.pad] * (self.context - len(words))
             rows.append(row[:-1] + [self.cls] if self.mode == 'clips' else row)
         return torch.tensor(rows)
-
-    @property
-    def room(self) -> int:
-        """Tokens of a caption that fit between the special ones."""
-        return self.context - (3 if self.mode == 'clips' else 2)
 
     def too_long(self, captions: list[str]) -> int:
         """How many of the captions are cut at the context length."""
         return sum(len(self.backend.encode(c, add_special_tokens=False).ids) > self.room for c in captions)
 
     def files(self) -> dict[str, str]:
-        """File name → content, such that transformers' AutoTokenizer (and so open_clip) reads the same tokenizer."""
+        """File name → content, such that transformers' AutoTokenizer (and so open_clip) reads the same."""
         special = {'pad_token': self.pad, 'bos_token': self.bos, 'eos_token': self.eos}
-        if self.mode == 'clips':
-            special['cls_token'] = self.cls
-        if self.mode == 'strip_sep_token':
-            special['sep_token'] = self.eos
+        special |= {'cls_token': self.cls} if self.mode == 'clips' else {}
+        special |= {'sep_token': self.eos} if self.mode == 'strip_sep_token' else {}
         named = {k: self.backend.id_to_token(v) for k, v in special.items()}
         if not self.backend.get_added_tokens_decoder().get(self.pad) and '[PAD]' != named['pad_token']:
-            named['pad_token'] = named['eos_token']  # OpenAI's pads with 0, which is the word "!"; behind the end it makes no difference
-        config = {**TOKENIZER_CONFIG, 'model_max_length': self.context, **named}
-        return {'tokenizer.json': self.backend.to_str(pretty=True), 'tokenizer_config.json': json.dumps(config, indent=2)}
+            named['pad_token'] = named['eos_token']  # OpenAI's pads with 0, the word "!", to the same effect
+        return tokenizer_files(self.backend, {'model_max_length': self.context, **named})
 
 
-def train_tokenizer(captions: list[str], context: int, vocab_size: int) -> Tokenizer:
-    """A byte-level BPE of at most vocab_size entries, lower-cased; <pad> is 0 and the end-of-text token the highest id."""
+def tokenizer_files(backend: HFTokenizer, settings: dict) -> dict[str, str]:
+    kind = {'tokenizer_class': 'PreTrainedTokenizerFast', 'clean_up_tokenization_spaces': False}
+    kind['model_input_names'] = ['input_ids', 'attention_mask']  # transformers 4: no token types, then
+    settings = json.dumps({**kind, **settings}, indent=2)
+    return {'tokenizer.json': backend.to_str(pretty=True), 'tokenizer_config.json': settings}
+
+
+def byte_level_bpe(texts, vocab_size: int, special: list[str], normalizer=None, prefix_space=False):
     bpe = HFTokenizer(models.BPE())
-    bpe.normalizer = normalizers.Sequence([normalizers.NFC(), *one_space(), normalizers.Lowercase()])
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    if normalizer:
+        bpe.normalizer = normalizer
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=prefix_space)
     bpe.decoder = decoders.ByteLevel()
-    bpe.train_from_iterator(captions, trainers.BpeTrainer(
-        vocab_size=vocab_size - 1, special_tokens=['<pad>', '<|startoftext|>'], show_progress=False,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
-    bpe.add_special_tokens(['<|endoftext|>'])
-    bpe.post_processor = around(bpe)
-    return Tokenizer(bpe, context)
-
-
-def one_space() -> list:
-    """Space of any kind and length counts as one, around the text as none."""
-    return [normalizers.Replace(Regex(r'\s+'), ' '), normalizers.Strip()]
-
-
-def read_tokenizer(file: str | os.PathLike, context: int, mode: str = 'eot', pool: str = 'argmax') -> Tokenizer:
-    """tokenizer.json; a WordPiece vocab.txt (one entry a line, as BERT and ΔCLIP use; mode 'clips' unless the mode says otherwise); or
-    CLIP's BPE as OpenAI published it, bpe_simple_vocab_16e6.txt.gz, or as vocab.json beside merges.txt."""
-    file = Path(file)
-    try:
-        if file.name.endswith('.txt.gz'):
-            merges = [tuple(line.split()) for line in gzip.decompress(file.read_bytes()).decode('utf-8').split('\n')[1:49152 - 256 - 2 + 1]]
-            letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-            words = [*letters, *(letter + '</w>' for letter in letters), *map(''.join, merges), '<|startoftext|>', '<|endoftext|>']
-            return Tokenizer(clip_bpe({word: i for i, word in enumerate(words)}, merges), context, mode, pool)
-        if file.name == 'vocab.json':
-            merges = [tuple(line.split()) for line in file.with_name('merges.txt').read_text(encoding='utf-8').split('\n')[1:] if line.strip()]
-            return Tokenizer(clip_bpe(json.loads(file.read_text(encoding='utf-8')), merges), context, mode, pool)
-        if file.suffix == '.txt':
-            vocab = {word: i for i, word in enumerate(file.read_text(encoding='utf-8').rstrip('\n').split('\n'))}
-            wordpiece = HFTokenizer(models.WordPiece(vocab, unk_token='[UNK]'))
-            wordpiece.normalizer = normalizers.BertNormalizer(lowercase=True)
-            wordpiece.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-            wordpiece.decoder = decoders.WordPiece()
-            if '[CLS]' in vocab and '[SEP]' in vocab:
-                wordpiece.post_processor = processors.TemplateProcessing(single='[CLS] $A [SEP]', special_tokens=[(t, vocab[t]) for t in ('[CLS]', '[SEP]')])
-            return Tokenizer(wordpiece, context, 'clips' if mode == 'eot' else mode, pool)
-        return Tokenizer(HFTokenizer.from_file(str(file)), context, mode, pool)
-    except Exception as e:  # tokenizers raises bare Exception for everything, a missing file included
-        raise SystemExit(f'error: --tokenizer {file}: {e}; expected a tokenizer.json or a WordPiece vocab.txt') from None
-
-
-def clip_bpe(vocab: dict[str, int], merges: list[tuple[str, str]]) -> HFTokenizer:
-    """OpenAI's byte-level BPE, in which a word ends in </w>."""
-    bpe = HFTokenizer(models.BPE(vocab, merges, end_of_word_suffix='</w>', unk_token='<|endoftext|>'))
-    bpe.normalizer = normalizers.Sequence([normalizers.NFC(), *one_space(), normalizers.Lowercase()])
-    words = r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
-    bpe.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(words), 'removed', invert=True),
-                                                 pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-    bpe.decoder = decoders.ByteLevel()
-    bpe.add_special_tokens(['<|startoftext|>', '<|endoftext|>'])
-    bpe.post_processor = around(bpe)
+    how = dict(vocab_size=vocab_size, special_tokens=special, show_progress=False)
+    trainer = trainers.BpeTrainer(**how, initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    bpe.train_from_iterator(texts, trainer)
     return bpe
 
 
-def around(bpe: HFTokenizer):
+def lower_case_one_space():
+    """Space of any kind and length counts as one, around the text as none."""
+    one_space = [normalizers.Replace(Regex(r'\s+'), ' '), normalizers.Strip()]
+    return normalizers.Sequence([normalizers.NFC(), *one_space, normalizers.Lowercase()])
+
+
+def between(backend: HFTokenizer, start: str, end: str):
     """Puts the start and the end around every text."""
-    ends = ('<|startoftext|>', '<|endoftext|>')
-    return processors.TemplateProcessing(single=f'{ends[0]} $A {ends[1]}', special_tokens=[(t, bpe.token_to_id(t)) for t in ends])
+    ids = [(t, backend.token_to_id(t)) for t in (start, end)]
+    return processors.TemplateProcessing(single=f'{start} $A {end}', special_tokens=ids)
 
 
-def tokenizer_of(place: Path, text_cfg: dict) -> Tokenizer:
-    """The tokenizer of an open_clip or Hugging Face directory, as its text_cfg (complete) says: in the directory, else of the repository that
-    text_cfg.hf_tokenizer_name names, else CLIP's BPE, which open_clip brings along and the hub has, too."""
-    context, pool, mode = text_cfg['context_length'], text_cfg['pool_type'], tokenizer_mode(text_cfg)
-    name = text_cfg['hf_tokenizer_name']
-    sources = [lambda: place]
-    if name and name != 'tokenizer.json':  # ours says that the file is in the directory
-        sources.append(lambda: fetch(name, f'the tokenizer of {place} is that of {name}, which is not there'))
-    elif not name:  # then open_clip takes CLIP's BPE, whatever lies in the directory
-        found = importlib.util.find_spec('open_clip')
-        sources += [lambda: Path(found.origin).parent] * bool(found)
-        sources.append(lambda: fetch('openai/clip-vit-base-patch32', f"the tokenizer of {place} is CLIP's BPE, which is not there (and open_clip, which "
-                                                                     f'has it, is not installed)'))
-    for source in sources:
-        folder = source()
-        names = [Path(text_cfg['vocab_path']).name] if text_cfg['vocab_path'] else []
-        for file in [folder / n for n in (*names, *TOKENIZER_FILES)]:
-            if file.is_file() and (file.name != 'vocab.json' or file.with_name('merges.txt').is_file()):
-                tokenizer = read_tokenizer(file, context, mode, pool)
-                if name or text_cfg['vocab_path'] or tokenizer.vocab_size == CLIP_VOCABULARY:
-                    return tokenizer
-    raise SystemExit(f'error: {place} has no tokenizer of its own: none of {", ".join(TOKENIZER_FILES)}' + f" with CLIP's {CLIP_VOCABULARY} entries" * (not name))
+START, END = '<|startoftext|>', '<|endoftext|>'
 
 
-TOKENIZER_FILES, CLIP_VOCABULARY = ('tokenizer.json', 'vocab.json', 'vocab.txt', 'bpe_simple_vocab_16e6.txt.gz'), 49408
+def train_tokenizer(captions: list[str], context: int, vocab_size: int) -> Tokenizer:
+    """A byte-level BPE of at most vocab_size entries, lower-cased; <pad> is 0, the end has the highest id."""
+    normalizer = lower_case_one_space()
+    bpe = byte_level_bpe(captions, vocab_size - 1, ['<pad>', START], normalizer, prefix_space=True)
+    bpe.add_special_tokens([END])
+    bpe.post_processor = between(bpe, START, END)
+    return Tokenizer(bpe, context)
 
 
-def tokenizer_mode(text_cfg: dict) -> str:
-    """The layout that open_clip's text_cfg stands for.   official: CLIP_benchmark/clip_benchmark/open_clip/factory.py (vocab_path)"""
-    more = dict(text_cfg['tokenizer_kwargs'] or {})
-    strip = more.pop('strip_sep_token', False)
-    if more or text_cfg['tokenizer_mode'] not in (None, 'clips'):
-        raise SystemExit(f'error: text_cfg: tokenizer_mode {text_cfg["tokenizer_mode"]!r}, tokenizer_kwargs {more}; supported: clips, strip_sep_token')
-    return 'clips' if text_cfg['tokenizer_mode'] or text_cfg['vocab_path'] else 'strip_sep_token' if strip else 'eot'
-
-
-def tokenizer_from_text(text: str, text_cfg: dict) -> Tokenizer:
-    """The content of a tokenizer.json → Tokenizer.   text_cfg: open_clip's, complete"""
-    return Tokenizer(HFTokenizer.from_str(text), text_cfg['context_length'], tokenizer_mode(text_cfg), text_cfg['pool_type'])
-
-
-# -------------------------------------------------------------------------------------------------------------- the hub
-WEIGHTS = (('adapter_model.*', 'non_lora_trainables.bin'), ('open_clip_model.safetensors',), ('open_clip_pytorch_model.safetensors',), ('open_clip_pytorch_model.bin',),
-           ('model.safetensors', 'model-*.safetensors'), ('pytorch_model*.bin',))  # the first of these that a repository has is fetched
-
-
-def locate(name: str | os.PathLike, what: str = '') -> Path:
-    """A file or directory as it is; else a repository of Hugging Face's hub by its id, fetched.   what: the flag, for the error"""
-    if Path(name).exists():
-        return Path(name)
-    repository, name, what = is_repository(name), str(name).removeprefix('hf-hub:'), f'{what} ' * bool(what)
-    if not repository:
-        raise SystemExit(f"error: {what}{name}: no such file or directory, and no repository id of the hub such as 'openai/clip-vit-large-patch14'")
-    return fetch(name, f'{what}{name}: no such file or directory', WEIGHTS)
-
-
-def is_repository(name: str | os.PathLike) -> bool:
-    """Whether it can only be a repository id, such as openai/clip-vit-large-patch14 or hf-hub:org/name."""
-    place, name = Path(name), str(name)
-    return bool(re.fullmatch(r'(hf-hub:)?[\w-][\w.-]*/[\w.-]+', name)) and not name.startswith('runs/') and not place.exists() and not place.parent.is_dir()
-
-
-@functools.cache  # a process asks the hub once
-def fetch(name: str, what: str, weights: tuple[tuple[str, ...], ...] = ()) -> Path:
-    """A repository of Hugging Face's hub → the folder it was fetched into (~/.cache/huggingface): its small files and the first group of
-    weights that it has. What is there already is not fetched again; HF_HUB_OFFLINE=1 keeps it from asking."""
-    wanted = ['*.json', '*.jinja', '*.txt', 'tokenizer.model']
+def read_tokenizer(file: str | Path, context: int, mode: str = 'eot', pool: str = 'argmax') -> Tokenizer:
+    """tokenizer.json; a WordPiece vocab.txt (one entry a line, as BERT and ΔCLIP use; mode 'clips' unless it
+    says otherwise); or CLIP's BPE, bpe_simple_vocab_16e6.txt.gz, or vocab.json beside merges.txt."""
+    file = Path(file)
     try:
-        from huggingface_hub import HfApi, snapshot_download
-        try:
-            files = HfApi().list_repo_files(name)
-        except Exception as e:  # the hub's or its transport's, of many kinds: what was fetched before will do
-            try:
-                return Path(snapshot_download(name, allow_patterns=wanted, local_files_only=True))
-            except Exception:
-                raise e from None  # says more than that nothing was fetched before
-        wanted += next((group for group in weights if any(fnmatch.filter(files, pattern) for pattern in group)), ())
-        return Path(snapshot_download(name, allow_patterns=wanted))
-    except ImportError:
-        raise SystemExit(f'error: {what}; to fetch it from the hub: pip install huggingface_hub') from None
-    except Exception as e:  # the hub's, its transport's and the system's
-        raise SystemExit(f'error: {what}, and fetching {name} from the hub failed: {type(e).__name__}: {str(e)[:300]}') from None
+        if file.name.endswith('.txt.gz'):
+            merges = gzip.decompress(file.read_bytes()).decode('utf-8').split('\n')[1 : 49152 - 256 - 2 + 1]
+            letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+            words = letters + [letter + '</w>' for letter in letters] + [m.replace(' ', '') for m in merges]
+            backend = clip_bpe({word: i for i, word in enumerate([*words, START, END])}, merges)
+        elif file.name == 'vocab.json':
+            merges = file.with_name('merges.txt').read_text(encoding='utf-8').split('\n')[1:]
+            backend = clip_bpe(json.loads(file.read_text(encoding='utf-8')), merges)
+        elif file.suffix == '.txt':
+            words = file.read_text(encoding='utf-8').rstrip('\n').split('\n')
+            backend = wordpiece({word: i for i, word in enumerate(words)})
+            mode = 'clips' if mode == 'eot' else mode
+        else:
+            backend = HFTokenizer.from_file(str(file))
+    except Exception as e:  # tokenizers raises bare Exception for everything, a missing file included
+        fail(f'--tokenizer {file}: {e}; expected a tokenizer.json or a WordPiece vocab.txt')
+    return Tokenizer(backend, context, mode, pool)
 
 
-# ------------------------------------------------------------------------------------------- tokenizers of language models
+def wordpiece(vocab: dict[str, int]) -> HFTokenizer:
+    """BERT's, lower-cased."""
+    backend = HFTokenizer(models.WordPiece(vocab, unk_token='[UNK]'))
+    backend.normalizer = normalizers.BertNormalizer(lowercase=True)
+    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    backend.decoder = decoders.WordPiece()
+    if '[CLS]' in vocab and '[SEP]' in vocab:
+        backend.post_processor = between(backend, '[CLS]', '[SEP]')
+    return backend
+
+
+def clip_bpe(vocab: dict[str, int], merges: list[str]) -> HFTokenizer:
+    """OpenAI's byte-level BPE, in which a word ends in </w>."""
+    pairs = [tuple(merge.split()) for merge in merges if merge.strip()]
+    bpe = HFTokenizer(models.BPE(vocab, pairs, end_of_word_suffix='</w>', unk_token=END))
+    bpe.normalizer = lower_case_one_space()
+    words = Regex(r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+")
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    split = pre_tokenizers.Split(words, 'removed', invert=True)
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
+    bpe.decoder = decoders.ByteLevel()
+    bpe.add_special_tokens([START, END])
+    bpe.post_processor = between(bpe, START, END)
+    return bpe
+
+
+CLIP_VOCABULARY = 49408
+TOKENIZER_FILES = ('tokenizer.json', 'vocab.json', 'vocab.txt', 'bpe_simple_vocab_16e6.txt.gz')
+
+
+def tokenizer_of(place: Path, text_cfg) -> Tokenizer:
+    """The tokenizer of an open_clip or Hugging Face directory, as its text_cfg says: in the directory, else
+    of the repository that hf_tokenizer_name names, else CLIP's BPE, which open_clip and the hub have.
+    """
+    named, vocab_path = text_cfg.hf_tokenizer_name, text_cfg.vocab_path
+    names = ([Path(vocab_path).name] if vocab_path else []) + list(TOKENIZER_FILES)
+    for folder in tokenizer_folders(place, named):
+        for file in [folder / name for name in names if (folder / name).is_file()]:
+            if file.name == 'vocab.json' and not file.with_name('merges.txt').is_file():
+                continue
+            mode = tokenizer_mode(text_cfg)
+            tokenizer = read_tokenizer(file, text_cfg.context_length, mode, text_cfg.pool_type)
+            if named or vocab_path or tokenizer.vocab_size == CLIP_VOCABULARY:  # unnamed, it is CLIP's
+                return tokenizer
+    fail(f'{place} has no tokenizer: none of {", ".join(names)}')
+
+
+def tokenizer_folders(place: Path, named: str | None):
+    """Where to look, one after another."""
+    yield place
+    if named and named != 'tokenizer.json':  # which says that it is in the directory
+        yield fetch(named, f'the tokenizer of {place} is that of {named}, which is not there')
+    elif not named:  # then open_clip takes CLIP's BPE, whatever lies in the directory
+        if found := importlib.util.find_spec('open_clip'):
+            yield Path(found.origin).parent
+        said = f"the tokenizer of {place} is CLIP's BPE, which is not there"
+        yield fetch('openai/clip-vit-base-patch32', said)
+
+
+def tokenizer_mode(text_cfg) -> str:
+    """The layout that text_cfg stands for.   official: CLIP_benchmark/clip_benchmark/open_clip/factory.py"""
+    if text_cfg.tokenizer_mode or text_cfg.vocab_path:
+        return 'clips'
+    return 'strip_sep_token' if (text_cfg.tokenizer_kwargs or {}).get('strip_sep_token') else 'eot'
+
+
+def tokenizer_from_text(text: str, text_cfg) -> Tokenizer:
+    """The content of a tokenizer.json → Tokenizer"""
+    backend, mode = HFTokenizer.from_str(text), tokenizer_mode(text_cfg)
+    return Tokenizer(backend, text_cfg.context_length, mode, text_cfg.pool_type)
+
+
+# ----------------------------------------------------------------------------- tokenizers, of language models
 class LLMTokenizer:
     """Text → token ids, for a language model. <image> and <pad> are added where it has none.
 
-    bos: id that starts every text, or None;  eos: id that ends an answer;  chat_template: its own (Jinja), or None.
+    bos: id that starts every text, or None;  eos: id that ends an answer, ends: all of these (Llama 3 has
+    several); chat_template: its own (Jinja), or None.
     """
 
-    def __init__(self, backend: HFTokenizer, bos: str | None, eos: str | None, pad: str | None = None,
-                 chat_template: str | None = None, where: str = ''):
+    def __init__(self, backend: HFTokenizer, special: dict, chat_template=None, ends=(), where: str = ''):
+        """special: {'bos', 'eos', 'pad': token or None}"""
         self.backend, self.chat_template = backend, chat_template
         self.backend.no_padding(), self.backend.no_truncation()
-        if eos is None or backend.token_to_id(eos) is None:
-            raise SystemExit(f'error: {where}: the tokenizer has no end-of-text token (eos_token is {eos!r}), so no answer could end; '
-                             f'name one in tokenizer_config.json')
-        if bos is not None and backend.token_to_id(bos) is None:
-            raise SystemExit(f'error: {where}: bos_token {bos!r} of tokenizer_config.json is not in the tokenizer')
-        new = [t for t in (IMAGE, pad or '<pad>') if backend.token_to_id(t) is None]
+        self.bos_token, self.eos_token = special.get('bos'), special.get('eos')
+        self.pad_token = special.get('pad') or '<pad>'
+        for name, token in (('bos', self.bos_token), ('eos', self.eos_token)):
+            if (name == 'eos' or token) and (token is None or backend.token_to_id(token) is None):
+                fail(f'{where}: {name}_token {token!r} is not in the tokenizer; see tokenizer_config.json')
+        new = [t for t in (IMAGE, self.pad_token) if backend.token_to_id(t) is None]
         self.backend.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in new])
-        self.bos_token, self.eos_token, self.pad_token = bos, eos, pad or '<pad>'
-        self.bos, self.eos, self.pad, self.image = (None if t is None else backend.token_to_id(t) for t in (bos, eos, self.pad_token, IMAGE))
+        self.bos = backend.token_to_id(self.bos_token) if self.bos_token else None
+        self.eos, self.pad, self.image = map(backend.token_to_id, (self.eos_token, self.pad_token, IMAGE))
+        self.ends = {self.eos, *ends}
         self.vocab_size = max(backend.get_vocab(with_added_tokens=True).values()) + 1
 
     def encode(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
@@ -1132,62 +877,69 @@ class LLMTokenizer:
     def render(self, messages: list[dict], add_generation_prompt: bool) -> str:
         """The LLM's own chat template.   messages: [{'role': 'user' | 'assistant', 'content': text}]"""
         if self.takes_parts:
-            parts = lambda text: [{'type': 'image'}] * (IMAGE in text) + [{'type': 'text', 'text': text.replace(f'{IMAGE}\n', '').replace(IMAGE, '')}]
-            messages = [{**m, 'content': parts(m['content'])} for m in messages]
+            messages = [{**m, 'content': as_parts(m['content'])} for m in messages]
         return self.fill_template(messages, add_generation_prompt)
 
     @functools.cached_property
     def takes_parts(self) -> bool:
         """Templates of models that see take a list of images and texts, and show nothing of a mere text."""
-        probe = 'Is it?'
-        if probe in self.fill_template([{'role': 'user', 'content': probe}], False):
-            return False
-        if probe in self.fill_template([{'role': 'user', 'content': [{'type': 'text', 'text': probe}]}], False):
-            return True
-        raise SystemExit('error: --prompt chat: the chat template of the LLM does not show what the user says; use --prompt v1')
+        for content, parts in (('Is it?', False), (as_parts('Is it?'), True)):
+            if 'Is it?' in self.fill_template([{'role': 'user', 'content': content}], False):
+                return parts
+        raise BadTemplate('does not show what the user says')
 
     def fill_template(self, messages: list[dict], add_generation_prompt: bool) -> str:
         import jinja2
 
         def refuse(message: str):
             raise jinja2.TemplateError(message)
+
+        tokens = {'bos_token': self.bos_token or '', 'eos_token': self.eos_token, 'raise_exception': refuse}
         try:
-            return compiled(self.chat_template).render(messages=messages, add_generation_prompt=add_generation_prompt,
-                                                       bos_token=self.bos_token or '', eos_token=self.eos_token, raise_exception=refuse)
+            template = compiled_template(self.chat_template)
+            return template.render(messages=messages, add_generation_prompt=add_generation_prompt, **tokens)
         except (jinja2.TemplateError, TypeError) as e:
-            raise SystemExit(f'error: --prompt chat: the chat template of the LLM: {type(e).__name__}: {e}; use --prompt v1') from None
+            raise BadTemplate(f'ends in {type(e).__name__}: {e}') from None
 
     def files(self, max_length: int, template: str | None = None) -> dict[str, str]:
-        """File name → content, such that transformers' AutoTokenizer reads the same tokenizer.   template: instead of its own"""
+        """File name → content, for transformers' AutoTokenizer.   template: in place of its own"""
         template = template or self.chat_template
-        config = {**TOKENIZER_CONFIG, 'model_max_length': max_length,
-                  'bos_token': self.bos_token, 'eos_token': self.eos_token, 'pad_token': self.pad_token, 'image_token': IMAGE}
-        files = {'tokenizer.json': self.backend.to_str(pretty=True)}
-        if template:
-            files['chat_template.jinja'] = config['chat_template'] = template
-        return {**files, 'tokenizer_config.json': json.dumps({k: v for k, v in config.items() if v is not None}, indent=2)}
+        named = {'bos_token': self.bos_token, 'eos_token': self.eos_token, 'pad_token': self.pad_token}
+        settings = {'model_max_length': max_length, **named, 'image_token': IMAGE, 'chat_template': template}
+        files = tokenizer_files(self.backend, {k: v for k, v in settings.items() if v is not None})
+        return files | ({'chat_template.jinja': template} if template else {})
+
+
+def as_parts(text: str) -> list[dict]:
+    words = {'type': 'text', 'text': text.replace(f'{IMAGE}\n', '').replace(IMAGE, '')}
+    return [{'type': 'image'}] * (IMAGE in text) + [words]
 
 
 @functools.lru_cache(4)
-def compiled(template: str):
-    """In Jinja's sandbox, since the template comes with the weights; the two settings are those of transformers."""
+def compiled_template(template: str):
+    """In Jinja's sandbox, since it comes with the weights; the settings are those of transformers."""
     from jinja2.sandbox import ImmutableSandboxedEnvironment
-    # transformers' own tag around what an assistant says, by which it finds the answers; it renders to what is inside
-    template = re.sub(r'\{%(-?)\s*(end)?generation\s*(-?)%\}', lambda m: f'{{%{m[1]} {"endif" if m[2] else "if true"} {m[3]}%}}', template)
+
+    # transformers' tag around what an assistant says, by which it finds the answers, renders to what is
+    # inside
+    template = re.sub(r'\{%(-?)\s*generation\s*(-?)%\}', r'{%\1 if true \2%}', template)
+    template = re.sub(r'\{%(-?)\s*endgeneration\s*(-?)%\}', r'{%\1 endif \2%}', template)
     return ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True).from_string(template)
 
 
-# What a language model without a template of its own is spoken to in, for the tiny one: v1 without the system sentence.
-SHORT_TEMPLATE = ("{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}USER: {{ m['content'] }} ASSISTANT:{% else %}"
-                  " {{ m['content'] }}{{ eos_token }}{% endif %}{% endfor %}")
-# Before a template that knows mere text: lets it be given a list of images and texts, as transformers gives what a model that sees is asked.
+# The template of the tiny language model: v1 without the system sentence.
+SHORT_TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}USER: {{ m['content'] }} ASSISTANT:"
+    "{% else %} {{ m['content'] }}{{ eos_token }}{% endif %}{% endfor %}"
+)
+# Before a template that knows mere text: lets it be given a list of images and texts, as transformers does.
 TAKES_PARTS = """{%- set ns = namespace(messages=[], text='') -%}
 {%- for m in messages -%}
 {%- if m['content'] is string -%}{%- set ns.text = m['content'] -%}
 {%- else -%}
 {%- set ns.text = '' -%}
-{%- for part in m['content'] if part['type'] == 'image' -%}{%- set ns.text = ns.text + '<image>\n' -%}{%- endfor -%}
-{%- for part in m['content'] if part['type'] == 'text' -%}{%- set ns.text = ns.text + part['text'] -%}{%- endfor -%}
+{%- for p in m['content'] if p['type'] == 'image' -%}{%- set ns.text = ns.text + '<image>\n' -%}{%- endfor -%}
+{%- for p in m['content'] if p['type'] == 'text' -%}{%- set ns.text = ns.text + p['text'] -%}{%- endfor -%}
 {%- endif -%}
 {%- set ns.messages = ns.messages + [{'role': m['role'], 'content': ns.text}] -%}
 {%- endfor -%}
@@ -1197,92 +949,474 @@ TAKES_PARTS = """{%- set ns = namespace(messages=[], text='') -%}
 
 def train_llm_tokenizer(texts: list[str], vocab_size: int) -> LLMTokenizer:
     """A byte-level BPE for the tiny language model."""
-    bpe = HFTokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    bpe.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=['<s>', '</s>', '<pad>', IMAGE],
-                                                       show_progress=False, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
-    return LLMTokenizer(bpe, '<s>', '</s>', '<pad>', SHORT_TEMPLATE)
+    bpe = byte_level_bpe(texts, vocab_size, ['<s>', '</s>', '<pad>', IMAGE])
+    return LLMTokenizer(bpe, {'bos': '<s>', 'eos': '</s>', 'pad': '<pad>'}, SHORT_TEMPLATE)
 
 
-def read_llm_tokenizer(path: Path) -> LLMTokenizer:
+def read_llm_tokenizer(place: Path) -> LLMTokenizer:
     """The tokenizer of a Hugging Face directory: tokenizer.json, or sentencepiece's tokenizer.model."""
-    config = {}
-    for name in ('config.json', 'special_tokens_map.json', 'tokenizer_config.json'):  # the last one counts
-        if (path / name).is_file():
-            try:
-                config |= {k: v for k, v in json.loads((path / name).read_text(encoding='utf-8')).items() if v is not None}
-            except ValueError as e:
-                raise SystemExit(f'error: cannot read {path / name}: {e}') from None
-    if (path / 'tokenizer.json').is_file():
+    settings = {}
+    for name in ('config.json', 'special_tokens_map.json', 'tokenizer_config.json'):
+        if (place / name).is_file():  # the last one counts
+            settings |= {k: v for k, v in read_json(place / name, str(place)).items() if v is not None}
+    if (place / 'tokenizer.json').is_file():
         try:
-            backend = HFTokenizer.from_file(str(path / 'tokenizer.json'))
+            backend = HFTokenizer.from_file(str(place / 'tokenizer.json'))
         except Exception as e:  # tokenizers raises nothing more specific
-            raise SystemExit(f'error: cannot read {path / "tokenizer.json"}: {e}') from None
-    elif (path / 'tokenizer.model').is_file():
-        backend = from_sentencepiece(path / 'tokenizer.model')
+            fail(f'cannot read {place / "tokenizer.json"}: {e}')
+    elif (place / 'tokenizer.model').is_file():
+        backend = from_sentencepiece(place / 'tokenizer.model')
     else:
-        raise SystemExit(f'error: {path} has neither tokenizer.json nor tokenizer.model')
-
-    def token(name: str) -> str | None:
-        value = config.get(f'{name}_token')
-        if value is None and isinstance(number := config.get(f'{name}_token_id'), int):
-            value = backend.id_to_token(number)
-        return value['content'] if isinstance(value, dict) else value
-    template = config.get('chat_template')
-    if (path / 'chat_template.jinja').is_file():
-        template = (path / 'chat_template.jinja').read_text(encoding='utf-8')
-    elif template is None and (path / 'chat_template.json').is_file():
-        template = read_json(path / 'chat_template.json', str(path), dict).get('chat_template')
+        fail(f'{place} has neither tokenizer.json nor tokenizer.model')
+    special = {}
+    for name in ('bos', 'eos', 'pad'):
+        token, number = settings.get(f'{name}_token'), settings.get(f'{name}_token_id')
+        token = token['content'] if isinstance(token, dict) else token
+        special[name] = backend.id_to_token(number) if token is None and isinstance(number, int) else token
+    template = settings.get('chat_template')
+    if (place / 'chat_template.jinja').is_file():
+        template = (place / 'chat_template.jinja').read_text(encoding='utf-8')
+    elif template is None and (place / 'chat_template.json').is_file():
+        template = read_json(place / 'chat_template.json', str(place)).get('chat_template')
     if isinstance(template, list):  # several, by name
         template = next((t['template'] for t in template if t['name'] == 'default'), None)
-    return LLMTokenizer(backend, token('bos'), token('eos'), token('pad'), template, str(path))
+    ends = settings.get('eos_token_id', settings.get('text_config', {}).get('eos_token_id', []))  # of a LLaVA
+    ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    return LLMTokenizer(backend, special, template, ends, str(place))
 
 
 def from_sentencepiece(file: Path) -> HFTokenizer:
-    """sentencepiece's BPE (Llama, Vicuna) as a tokenizer of the tokenizers library, which also knows special tokens and offsets."""
+    """sentencepiece's BPE (Llama, Vicuna) for the tokenizers library, which knows special tokens."""
     import sentencepiece
+
     try:
         pieces = sentencepiece.SentencePieceProcessor(model_file=str(file))
     except (OSError, RuntimeError) as e:
-        raise SystemExit(f'error: cannot read {file}: {e}') from None
+        fail(f'cannot read {file}: {e}')
     n = pieces.get_piece_size()
     vocab = {pieces.id_to_piece(i): i for i in range(n)}
-    normal = [i for i in range(n) if not (pieces.is_control(i) or pieces.is_unknown(i) or pieces.is_byte(i) or pieces.is_unused(i))]
-    ordinary = {pieces.id_to_piece(i) for i in normal}
+    control = [i for i in range(n) if pieces.is_control(i) or pieces.is_unknown(i)]
+    odd = {*control, *(i for i in range(n) if pieces.is_byte(i) or pieces.is_unused(i))}
+    ordinary = {piece for piece, i in vocab.items() if i not in odd}
     merges = []  # a piece's score says when it is made, from any two pieces that make it up
-    for i in normal:
-        piece = pieces.id_to_piece(i)
-        parts = [(piece[:k], piece[k:]) for k in range(1, len(piece)) if piece[:k] in ordinary and piece[k:] in ordinary]
-        merges += [(-pieces.get_score(i), vocab[a], vocab[b], a, b) for a, b in parts]
-    merges = [(a, b) for *_, a, b in sorted(merges)]
+    for piece in ordinary:
+        for a, b in [(piece[:k], piece[k:]) for k in range(1, len(piece))]:
+            if a in ordinary and b in ordinary:
+                merges.append((-pieces.get_score(vocab[piece]), vocab[a], vocab[b], a, b))
+    pairs = [(a, b) for *_, a, b in sorted(merges)]
     unknown = pieces.id_to_piece(pieces.unk_id())
-    backend = HFTokenizer(models.BPE(vocab, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True))
+    backend = HFTokenizer(models.BPE(vocab, pairs, unk_token=unknown, fuse_unk=True, byte_fallback=True))
     backend.normalizer = normalizers.Sequence([normalizers.Prepend('▁'), normalizers.Replace(' ', '▁')])
-    backend.decoder = decoders.Sequence([decoders.Replace('▁', ' '), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(' ', 1, 0)])
-    control = [pieces.id_to_piece(i) for i in range(n) if pieces.is_control(i) or pieces.is_unknown(i)]
-    backend.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in control])
+    steps = [decoders.Replace('▁', ' '), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(' ', 1, 0)]
+    backend.decoder = decoders.Sequence(steps)
+    names = map(pieces.id_to_piece, control)
+    backend.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in names])
     return backend
 
 
-def from_gguf(fields: dict, where: str) -> LLMTokenizer:
-    """The tokenizer in a GGUF file.   fields: tokenizer.ggml.* without that prefix, and chat_template"""
-    tokens, kinds = fields['tokens'], fields.get('token_type') or [1] * len(fields['tokens'])
-    regex = {'smollm': None, 'default': None, 'gpt-2': None,
-             'llama-bpe': r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
-             'qwen2': r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"}
-    kind = fields.get('pre', 'default')
-    if fields.get('model') != 'gpt2' or kind not in regex:
-        raise SystemExit(f'error: {where}: the tokenizer is {fields.get("model")} / {kind}; supported in GGUF files: gpt2 with '
-                         f'{", ".join(regex)}; use a directory with a tokenizer.json instead')
-    backend = HFTokenizer(models.BPE({t: i for i, t in enumerate(tokens)}, [tuple(m.split(' ', 1)) for m in fields['merges']]))
-    split = [pre_tokenizers.Split(Regex(regex[kind]), 'isolated')] if regex[kind] else \
-        [pre_tokenizers.Digits(individual_digits=True)] if kind == 'smollm' else []
-    backend.pre_tokenizer = pre_tokenizers.Sequence([*split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=regex[kind] is None)])
-    backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens([AddedToken(t, special=True, normalized=False) for t, k in zip(tokens, kinds) if k == 3])  # 3: control
-    named = {name: tokens[fields[f'{name}_token_id']] if f'{name}_token_id' in fields else None for name in ('bos', 'eos', 'padding')}
-    return LLMTokenizer(backend, named['bos'], named['eos'], named['padding'], fields.get('chat_template'), where)
+# ------------------------------------------------------------------------------------------- files of weights
+OPEN_CLIP_FILES = ['open_clip_model.safetensors', 'open_clip_pytorch_model.bin']
+HF_FILES = ['model.safetensors', 'model.safetensors.index.json']
+HF_FILES += ['pytorch_model.bin', 'pytorch_model.bin.index.json']
+
+
+def read_weights(place: Path, names: list[str], rename=str) -> dict[str, Tensor]:
+    """All weights of a directory, mapped into memory and read when they are used; nothing in a file is run.
+
+    names: of the files, the first that exists counts; an index stands for its shards.  rename: their name →
+    the one wanted here, '' to leave it out.
+    """
+    file = next((place / name for name in names if (place / name).is_file()), None)
+    if file is None:
+        fail(f'{place} has no weights: none of {", ".join(names)}')
+    files = [file]
+    if file.name.endswith('.index.json'):
+        shards = read_json(file, str(place)).get('weight_map')
+        if not isinstance(shards, dict) or not shards:
+            fail(f'{file}: weight_map is {str(shards)[:60]!r}; expected names of weights and their files')
+        files = sorted({place / str(name) for name in shards.values()})
+    weights: dict[str, Tensor] = {}
+    for name, w in ((name, w) for file in files for name, w in read_file(file).items() if rename(name)):
+        if rename(name) in weights:
+            fail(f'{place}: {name}: surplus, it is there twice (or under an older name as well)')
+        weights[rename(name)] = w
+    return weights
+
+
+def read_file(file: Path) -> dict[str, Tensor]:
+    try:
+        if file.suffix == '.safetensors':
+            with safe_open(file, 'pt') as tensors:
+                return {name: tensors.get_tensor(name) for name in tensors.keys()}
+        weights = torch.load(file, map_location='cpu', weights_only=True, mmap=True)  # runs no code
+        if not all(isinstance(w, Tensor) for w in weights.values()):
+            raise ValueError('it holds more than weights')
+        return weights
+    except Exception as e:  # the libraries raise many kinds, bare ones among them
+        fail(f'cannot read {file}: {type(e).__name__}: {str(e)[:300]}')
+
+
+def check_weights(found: dict[str, Tensor], expected: dict[str, Tensor], where: str) -> None:
+    """Strict: a weight that is missing, surplus, of another shape or quantised is listed as an error."""
+    wrong = [f'{n}: missing, {tuple(w.shape)} expected' for n, w in expected.items() if n not in found]
+    for name, w in found.items():
+        shape = tuple(w.shape)
+        if name not in expected:
+            wrong.append(f'{name}: surplus, {shape}')
+        elif w.shape != expected[name].shape or not w.is_floating_point():
+            wrong.append(f'{name}: {w.dtype} {shape}, floating point {tuple(expected[name].shape)} expected')
+    if wrong:
+        fail(f'{where} is of another architecture:\n  ' + '\n  '.join(wrong))
+
+
+def fill(model: nn.Module, weights: dict[str, Tensor], where: str, but: tuple[str, ...] = ()) -> None:
+    """Gives every parameter its weight, strictly, as a copy in the parameter's dtype. A model on the meta
+    device comes to life by it: no first weights are drawn, none are held twice.   but: names that need none
+    """
+    ours = {name: w for name, w in model.state_dict().items() if name not in but}
+    check_weights(weights, ours, where)
+    new = {name: torch.empty(w.shape, dtype=w.dtype, device='cpu') for name, w in ours.items()}
+    model.load_state_dict({n: w.copy_(weights[n]) for n, w in new.items()}, assign=True, strict=False)
+
+
+def write_weights(file: Path, weights: dict[str, Tensor]) -> None:
+    weights = {name: w.detach().cpu().contiguous() for name, w in weights.items()}
+    write(file, lambda beside: save_file(weights, beside, metadata={'format': 'pt'}))
+
+
+def model_type(place: Path) -> str | None:
+    """What the config.json of a Hugging Face directory says that it is."""
+    file = place / 'config.json'
+    return read_json(file, str(place)).get('model_type') if file.is_file() else None
+
+
+# ---------------------------------------------------------------------------------------------------- the hub
+SMALL_FILES = ['*.json', '*.jinja', '*.txt', 'tokenizer.model']
+WEIGHTS = [  # the first of these groups that a repository has is fetched
+    ['adapter_model.*', 'non_lora_trainables.bin'],
+    *([name] for name in OPEN_CLIP_FILES),
+    ['model.safetensors', 'model-*.safetensors'],
+    ['pytorch_model*.bin'],
+]
+
+
+def locate(name: str | os.PathLike, flag: str = '') -> Path:
+    """A directory as it is; else a repository of Hugging Face's hub by its id, fetched.   flag: for errors"""
+    if Path(name).exists():
+        return Path(name)
+    said = f'{flag} {name}'.strip() + ': no such file or directory'
+    if not is_id(name):
+        fail(f"{said}, and no repository id of the hub such as 'openai/clip-vit-large-patch14'")
+    return fetch(str(name).removeprefix('hf-hub:'), said, with_weights=True)
+
+
+def is_id(name: str | os.PathLike) -> bool:
+    """Whether it can only be a repository id: of the form org/name, and neither it nor org is here."""
+    fits = re.fullmatch(r'(hf-hub:)?[\w-][\w.-]*/[\w.-]+', str(name)) and not str(name).startswith('runs/')
+    return bool(fits) and not Path(name).exists() and not Path(name).parent.is_dir()
+
+
+@functools.cache  # a process asks the hub once
+def fetch(name: str, said: str, with_weights: bool = False) -> Path:
+    """A repository of the hub → the folder it was fetched into (~/.cache/huggingface): its small files and
+    one kind of weights. What is there already is not fetched again; HF_HUB_OFFLINE=1 keeps it from
+    asking.   said: for errors
+    """
+    from huggingface_hub import HfApi, snapshot_download
+
+    try:
+        try:
+            files = HfApi().list_repo_files(name)
+        except Exception as e:  # the hub's or its transport's, of many kinds: what was fetched before will do
+            try:
+                return Path(snapshot_download(name, allow_patterns=SMALL_FILES, local_files_only=True))
+            except Exception:
+                raise e from None  # says more than that nothing was fetched before
+        groups = WEIGHTS if with_weights else []
+        group = next((g for g in groups if any(fnmatch.filter(files, pattern) for pattern in g)), [])
+        return Path(snapshot_download(name, allow_patterns=[*SMALL_FILES, *group]))
+    except Exception as e:
+        fail(f'{said}, and fetching {name} from the hub failed: {type(e).__name__}: {str(e)[:300]}')
+
+
+# --------------------------------------------------------------------------------------------------- settings
+def parse(config_class, doc: str, argv: list[str] | None = None) -> tuple[object, set[str]]:
+    """Command line → (config, names of the flags given). Help texts are the comments in the dataclass."""
+    field_lines = re.findall(r'^ +(\w+): [^#\n]*# *(.*)$', inspect.getsource(config_class), re.M)
+    comments, hints = dict(field_lines), typing.get_type_hints(config_class)
+    how = dict(formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS)
+    parser = argparse.ArgumentParser(description=doc, allow_abbrev=False, **how)
+    for field in dataclasses.fields(config_class):
+        hint, inner = hints[field.name], typing.get_args(hints[field.name])
+        if typing.get_origin(hint) is typing.Literal:
+            how = {'choices': [value for value in inner if value]}
+        else:
+            kind = next((t for t in inner if t is not type(None)), hint)  # X of X | None
+            how = {'type': kind, 'metavar': kind.__name__}
+            how = {'action': argparse.BooleanOptionalAction} if kind is bool else how
+        default = '' if field.default in (None, '', False) else f' (default: {field.default})'
+        text = comments.get(field.name, '') + default
+        parser.add_argument('--' + field.name, help=text.replace('%', '%%'), **how)
+    flags = vars(parser.parse_args(argv))
+    return config_class(**flags), set(flags)
+
+
+# -------------------------------------------------------------------------------------------------- processes
+def start_processes(patience=None) -> tuple[int, int, torch.device]:
+    """(rank, world size, device), from torchrun's environment if there is one. gloo on CPUs, NCCL on GPUs.
+
+    patience: how long a rank waits for the others (a timedelta); default: torch's, minutes.
+    """
+    if 'RANK' not in os.environ:
+        return 0, 1, torch.device('cuda' if torch.cuda.is_available() else 'cpu')
+    device = torch.device('cpu')
+    if torch.cuda.is_available():
+        device = torch.device('cuda', int(os.environ['LOCAL_RANK']))
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo', timeout=patience)
+    return dist.get_rank(), dist.get_world_size(), device
+
+
+def commit() -> str:
+    """Short hash of this code's commit, with '-dirty' where the code differs from it."""
+    command = ['git', 'describe', '--always', '--dirty', '--exclude', '*']
+    try:
+        found = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
+        return found.stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return 'unknown'
+
+
+def versions() -> dict[str, str]:
+    found = {'torch': torch.__version__, 'torchvision': torchvision.__version__, 'numpy': np.__version__}
+    return {'python': platform.python_version(), **found}
+
+
+class Clock:
+    """Milliseconds since the last lap. Waits for a GPU, so it runs on logged steps only (device None: 0)."""
+
+    def __init__(self, device: torch.device | None):
+        self.device, self.last = device, 0.0
+        self.lap_ms()
+
+    def lap_ms(self) -> float:
+        if self.device is None:
+            return 0.0
+        if self.device.type == 'cuda':
+            torch.cuda.synchronize(self.device)
+        before, self.last = self.last, time.perf_counter()
+        return 1000 * (self.last - before)
+
+
+# ---------------------------------------------------------------------------------------------- run directory
+FREE_ON_RESUME = set('out resume workers compile log_every save_every chat'.split())  # change no result
+
+
+def write(path: Path, content) -> None:
+    """Writes beside, fsyncs, renames: a file is the old one or the new one, never half. Disk full: says so.
+
+    content: a text, or a function that is given the path to write to
+    """
+    beside = path.with_name(path.name + '.tmp')
+    try:
+        beside.write_text(content, encoding='utf-8') if isinstance(content, str) else content(beside)
+        with open(beside, 'rb') as file:
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    except Exception as e:  # torch.save and safetensors raise their own kinds for a full disk
+        beside.unlink(missing_ok=True)
+        fail(f'cannot write {path}: {e}. What was saved before is intact; free some space, then --resume')
+
+
+def is_run(out: Path) -> bool:
+    """Whether our training wrote what is there."""
+    file = out / 'train_config.json'
+    return file.is_file() and {'config', 'commit', 'versions', 'processes'} <= set(read_json(file, str(out)))
+
+
+def updates_of(out: Path) -> int | None:
+    """The update that a run's checkpoint, and so what is derived from it, is of."""
+    file = out / 'train_state.pt'
+    return torch.load(file, weights_only=True, mmap=True)['step'] if file.is_file() else None
+
+
+def open_run(cfg, given: set[str]) -> tuple[dict | None, object]:
+    """(the state to resume or None, the configuration that holds). An --out that is neither empty nor a run
+    to --resume is refused; a run goes on with its own settings. Changes nothing on the disk."""
+    out, fields = Path(cfg.out), {f.name for f in dataclasses.fields(cfg)}
+    restarted = int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)) > 0  # by torchrun: goes on
+    if not out.exists() or out.is_dir() and not any(out.iterdir()):
+        return None, dataclasses.replace(cfg, resume=False)
+    if not is_run(out):
+        fail(f'--out {out} is not empty and holds no run: give another --out')
+    if not (cfg.resume or restarted):
+        fail(f'--out {out} holds a run: continue it with --resume, or give another --out')
+    state = load_state(out)
+    if state is None and any((out / name).exists() for name in (OPEN_CLIP_FILES[0], HF_FILES[0])):
+        fail(f'--resume: --out {out} holds a model but no train_state.pt to go on from; give another --out')
+    old = state['config'] if state else read_json(out / 'train_config.json', f'--out {out}')['config']
+    if unknown := sorted(set(old) - fields):
+        fail(f'--resume: the run in {out} is not of this stage (it has --{", --".join(unknown[:3])})')
+    for name in (given if cfg.resume else fields) - FREE_ON_RESUME:  # restarted: it is this very run
+        if name in old and getattr(cfg, name) not in (old[name], None):
+            theirs = f'the run in {out} has {old[name]}; leave the flag out to continue it'
+            fail(f'--{name} {getattr(cfg, name)}: {theirs}')
+    kept = {name: value for name, value in old.items() if name not in given | {'out', 'resume'}}
+    return state, dataclasses.replace(cfg, **kept, resume=False)
+
+
+def load_state(out: Path) -> dict | None:
+    """The newest checkpoint that can be read; None if there is none. Nothing but tensors is unpickled."""
+    broken = []
+    for file in [f for f in (out / 'train_state.pt', out / 'previous_train_state.pt') if f.exists()]:
+        try:
+            state = torch.load(file, map_location='cpu', weights_only=True)
+            if broken and int(os.environ.get('RANK', 0)) == 0:
+                print(f'warning: {broken[0]}; going on from the one before, {file}', file=sys.stderr)
+            return state
+        except Exception as e:
+            broken.append(f'cannot read {file} ({type(e).__name__}: {str(e)[:100]!r})')
+    if broken:
+        fail(f'{"; ".join(broken)}: nothing is left to resume; start again in another --out')
+
+
+def all_agree(step: int, cfg, world: int) -> None:
+    """Every rank read --out for itself: without a file system that all share, their runs would differ."""
+    if world > 1:
+        settings = {n: v for n, v in dataclasses.asdict(cfg).items() if n not in FREE_ON_RESUME}
+        everyone = [None] * world
+        dist.all_gather_object(everyone, (step, settings))
+        if any(theirs != everyone[0] for theirs in everyone):
+            steps = [theirs[0] for theirs in everyone]
+            fail(f'--out {cfg.out}: the ranks found different checkpoints or settings there (steps {steps})')
+
+
+def write_settings(cfg) -> dict:
+    """train_config.json, by which a folder is known to be a run."""
+    about = {'config': dataclasses.asdict(cfg), 'commit': commit(), 'versions': versions()}
+    about['processes'] = dist.get_world_size() if dist.is_initialized() else 1
+    try:
+        Path(cfg.out).mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        fail(f'--out {cfg.out}: {e}')
+    write(Path(cfg.out) / 'train_config.json', json.dumps(about, indent=2))
+    return about
+
+
+class Run:
+    """What happens around the steps of either stage: first output, log lines, checkpoints, signals.
+
+    facts: what is trained on what, and what an update costs, for the first output
+    """
+
+    def __init__(self, cfg, first_step: int, steps: int, facts: str, device: torch.device):
+        self.cfg, self.steps, self.device = cfg, steps, device
+        self.out, self.saved_step, self.started, self.signal = Path(cfg.out), first_step, time.time(), 0
+        self.world = dist.get_world_size() if dist.is_initialized() else 1
+        self.rank = dist.get_rank() if dist.is_initialized() else 0
+        self.last_log = (self.started, first_step)
+        self.handlers = {n: signal.signal(n, self.on_signal) for n in (signal.SIGINT, signal.SIGTERM)}
+        if self.rank > 0:
+            return
+        about = write_settings(cfg)
+        log = self.out / 'log.jsonl'  # of a run that goes on: as far as its checkpoint
+        lines = log.read_text().splitlines() if log.exists() else []
+        kept = [line for line in lines if line.endswith('}') and json.loads(line)['step'] <= first_step]
+        write(log, ''.join(f'{line}\n' for line in kept))
+        print(textwrap.fill(', '.join(f'{name} {value!r}' for name, value in about['config'].items()), 120))
+        names = ', '.join(f'{name} {version}' for name, version in about['versions'].items())
+        print(f'commit {about["commit"]}, {names}, {device}\n{facts}')
+        print(f'continuing after update {first_step}\n' * (first_step > 0), end='', flush=True)
+
+    def bar(self, batches, name: str, done: int, total: int) -> tqdm:
+        """A progress bar around them; in a file, no line for each update."""
+        how = dict(disable=self.rank > 0, smoothing=0.05, mininterval=0.5 if sys.stderr.isatty() else 30)
+        return tqdm(batches, initial=done, total=total, desc=name, **how)
+
+    def log(self, step: int, samples: int, bar, **row) -> None:
+        """One line in log.jsonl; README says what the quantities mean.   samples: to an update"""
+        if self.rank > 0:
+            return
+        (before, step_before), self.last_log = self.last_log, (time.time(), step)
+        seconds, unit = self.last_log[0] - before, 1 if platform.system() == 'Darwin' else 1024
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+        peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else peak
+        row = {'step': step, **row, 'images_per_s': (step - step_before) * samples / seconds}
+        row['peak_memory_mb'] = peak / 2**20
+        with open(self.out / 'log.jsonl', 'a') as file:
+            rounded = {k: float(f'{v:.6g}') if isinstance(v, float) else v for k, v in row.items()}
+            file.write(json.dumps(rounded) + '\n')
+        losses = f'loss adv {row["loss_adv"]:.3f} clean {row["loss_clean"]:.3f}'
+        bar.set_postfix_str(f'ε {row["eps"]:.1f} {losses} {row["images_per_s"]:.0f} img/s', refresh=False)
+
+    def save(self, step: int, state: dict) -> None:
+        """train_state.pt first, since all else can be derived from it; the one before it is kept."""
+        self.saved_step = step
+        if self.rank > 0:
+            return
+        state = {'step': step, 'config': dataclasses.asdict(self.cfg), **state}
+        file, new = self.out / 'train_state.pt', self.out / 'new_train_state.pt'
+        write(new, lambda beside: torch.save(state, beside))
+        if file.exists():
+            os.replace(file, self.out / 'previous_train_state.pt')
+        os.replace(new, file)
+
+    def write_card(self, text: str) -> None:
+        """Once: what is written into it afterwards, by eval.py or by hand, stays."""
+        if not (self.out / 'README.md').exists():
+            write(self.out / 'README.md', text)
+
+    def kept(self) -> str:
+        step = self.saved_step
+        return f'the checkpoint after update {step} is kept' if step else 'nothing was saved yet'
+
+    def read(self, batches):
+        """The batches; an image that cannot be decoded ends the run with its name."""
+        try:
+            yield from batches
+        except BadImage as e:  # from a worker it comes with the worker's traceback before it
+            said = str(e).strip().splitlines()[-1]
+            fail(f'{said}; stopped, {self.kept()}. Replace the image, then --resume')
+
+    def stop_if_not_finite(self, step: int, loss: float, grad_norm: float) -> None:
+        if not (math.isfinite(loss) and math.isfinite(grad_norm)):  # the same on all ranks
+            said = f'the loss is {loss:g} and the gradient norm {grad_norm:g}; stopped, {self.kept()}'
+            fail(f'update {step + 1}: {said}. Try a lower --lr or a longer --warmup')
+
+    def on_signal(self, number, frame) -> None:
+        self.signal = number
+        signal.signal(number, self.handlers[number])  # a second one ends the process at once
+
+    def asked_to_stop(self) -> int:
+        """The signal that any of the ranks got, or 0."""
+        if self.world == 1:
+            return self.signal
+        received = torch.tensor(self.signal, device=self.device)
+        dist.all_reduce(received, dist.ReduceOp.MAX)
+        return int(received)
+
+    def leave(self, step: int, number: int) -> None:
+        """After a signal, when everything is saved."""
+        if self.rank == 0:
+            launcher = f'torchrun --nproc_per_node {self.world}' if dist.is_initialized() else 'python'
+            command = f'{launcher} {shlex.quote(sys.argv[0])} --out {shlex.quote(str(self.out))} --resume'
+            said = f'saved after update {step} of {self.steps}. Continue with\n  {command}'
+            print(f'{signal.Signals(number).name}: {said}', flush=True)
+        self.end_processes()
+        sys.exit(128 + number)
+
+    def finish(self, what_now: str) -> None:
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+        if self.rank == 0:
+            print(f'done: {self.steps} updates, {(time.time() - self.started) / 60:.1f} minutes; {what_now}')
+        self.end_processes()
+
+    def end_processes(self) -> None:
+        if dist.is_initialized():
+            dist.barrier()
+            dist.destroy_process_group()
 
 
 if __name__ == '__main__':

@@ -1,38 +1,51 @@
-"""Evaluation: one sub-command per question. Every command prints a table; --json FILE keeps what it measured, as do RUN/eval/ and the run's card.
+"""Evaluation: one sub-command per question. Each prints a table; --json FILE keeps what was measured.
 
-    python eval.py zeroshot runs/clip runs/clip_adv --eps 4 8          # which class, clean and under attack
-    python eval.py retrieval runs/clip_adv --data DIR --eps 4          # image → text and text → image
-    python eval.py typographic runs/clip runs/clip_adv                 # a wrong class name written on the image
-    python eval.py audit runs/clip_adv runs/clip --eps 8               # is the robustness real, or are gradients masked?
+    python eval.py zeroshot runs/clip runs/clip_adv --eps 4 8    # which class, clean and under attack
+    python eval.py retrieval runs/clip_adv --data DIR --eps 4    # image → text and text → image
+    python eval.py typographic runs/clip runs/clip_adv           # a wrong class name written on the image
+    python eval.py audit runs/clip_adv runs/clip --eps 8         # is it robust, or are gradients masked?
     python eval.py show runs/clip_adv --image cat.jpg --labels 'a cat,a dog'
-    python eval.py zeroshot openai/clip-vit-large-patch14 ...          # models of open_clip and Hugging Face, too: README, "Use it elsewhere"
-    torchrun --nproc_per_node 8 -- eval.py zeroshot ...                # the images split over 8 processes, same result
+    python eval.py vqa runs/llava_adv                            # also pope, sqa, caption: of a LLaVA
+    torchrun --nproc_per_node 8 -- eval.py zeroshot ...          # on 8 processes, with the same result
 
-The attack is `ensemble` (attacks.py) unless --attack names a cheaper one. Logits are 100·cos, networks compute in float32,
-ε is in 1/255 on the command line. Random starts are drawn from (seed, image, restart): the batch size, the order and the
-number of processes change nothing but the rounding of sums.
+ε is in 1/255, logits are 100·cos, networks compute in float32. Random starts are drawn from (seed, image,
+restart): batch size, order and number of processes change nothing but the rounding of sums.
+
+What is measured is a row {model, data, split, n, measure, attack, eps, value, stderr}. Tables, plots, --json
+and the results in a run's card are made of rows. Those about a run of ours are also kept in RUN/eval/.
 """
+
 import argparse
-import dataclasses
+import contextlib
 import hashlib
+import inspect
+import io
+import itertools
 import json
 import math
 import os
 import re
 import shlex
+import statistics
 import sys
+import tarfile
 import textwrap
 import time
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Callable
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
+import torchvision
+from PIL import Image, ImageDraw, ImageFont, UnidentifiedImageError
 from torch import Tensor
+from torchvision.datasets.folder import IMG_EXTENSIONS
 from tqdm import tqdm
 
 import attacks
@@ -41,925 +54,995 @@ import data
 import llava_adv
 
 PGD_STEPS, PGD_RESTARTS = 50, 2
-ATTACKS = {  # what they are called in tables, and the forward passes that an image which survives costs
-    'none': ('no attack', 0),
-    'pgd': (f'PGD-{PGD_STEPS} with {PGD_RESTARTS} restarts', PGD_RESTARTS * (PGD_STEPS + 1) + 2),
-    'apgd': ('APGD-CE, 100 iterations, 1 restart', 101 + 2),
-    'ensemble': ('ensemble: APGD-CE 100 × 5, then targeted APGD-DLR 100 × 9', 14 * 101 + 2)}
+ATTACKS = {
+    'none': 'no attack',
+    'pgd': f'PGD-{PGD_STEPS} with {PGD_RESTARTS} restarts',
+    'apgd': 'APGD-CE, 100 iterations, 1 restart',
+    'ensemble': 'ensemble: APGD-CE 100 × 5, then targeted APGD-DLR 100 × 9',
+}
 
 
-# ============================================================================================================ the model
-class Classifier:
-    """A CLIP and the embeddings of the classes; called with images, it returns logits.   [b, 3, h, w] → [b, classes]
+# ===================================================================================== one loop that measures
+def measure(args, task, numbers: list[int], levels: list[float], name: str) -> dict[float, dict[int, tuple]]:
+    """The loop of every command → {level: {number: outcome}}, complete on every process.
 
-    native: images come at their own size, and are resized in here, so that the attack acts before the resize.
+    numbers: of images or questions.  levels: radii in 1/255, 0: the image as it is; or heights of letters.
+    task.load(numbers) opens some of them;  task.judge(loaded, level) → {number: what became of it}.
     """
-
-    def __init__(self, path: str, device: torch.device, native: bool = False, arch: str = '', tokenizer: str = ''):
-        is_file = Path(path).is_file()  # --arch and --tokenizer say what a file is, and directories say it themselves
-        self.model, self.tokenizer = clip_adv.load_clip(path, arch=arch if is_file else '', tokenizer=tokenizer if is_file else '')
-        self.model.to(device).requires_grad_(False)
-        self.device, self.native, self.path = device, native, path
-        how = self.model.preprocess_cfg
-        self.how = (self.model.visual.size, how['interpolation'], how['resize_mode'])
-
-    def pixels(self, image) -> Tensor:
-        """RGB image → float32 [3, h, w] in [0, 1]: the pixels that the attack may change."""
-        uint8 = data.TF.pil_to_tensor(image) if self.native else data.fit(image, *self.how)
-        return uint8.to(self.device).float() / 255
-
-    @torch.no_grad()
-    def embed_texts(self, texts: list[str]) -> Tensor:
-        """→ unit vectors [texts, D]"""
-        return torch.cat([self.model.encode_text(self.tokenizer(part).to(self.device)) for part in chunks(texts, 256)])
-
-    def embed_classes(self, classes: list[str], prompts) -> 'Classifier':
-        """prompts(name) → the class's prompts; a class is the direction of their mean (a template ensemble)."""
-        per_class = [prompts(name) for name in classes]
-        texts = self.embed_texts([p for each in per_class for p in each]).split([len(each) for each in per_class])
-        self.text = torch.nn.functional.normalize(torch.stack([t.mean(0) for t in texts]), dim=-1)
-        return self
-
-    def embed(self, x: Tensor) -> Tensor:
-        """[b, 3, h, w] in [0, 1] → unit vectors [b, D]"""
-        return self.model(data.resize(x, *self.how).clamp(0, 1) if self.native else x)  # bicubic leaves the box
-
-    def __call__(self, x: Tensor, numbers=None) -> Tensor:
-        return 100 * self.embed(x) @ self.text.T
+    mine = numbers[args.rank :: args.world]  # strided: the processes get about as many hard images each
+    found: dict[float, dict] = {level: {} for level in levels}
+    quiet, often = args.quiet or args.rank > 0, 0.5 if sys.stderr.isatty() else 60
+    with tqdm(total=len(mine) * len(levels), desc=name, disable=quiet, mininterval=often) as bar:
+        for pool in chunks(mine, 8 * args.batch_size):  # several batches: they stay full when images leave
+            loaded = task.load(pool)
+            for level in levels:
+                found[level] |= task.judge(loaded, level)
+                bar.update(len(pool))
+    parts = gather(found)
+    return {level: {i: outcome for part in parts for i, outcome in part[level].items()} for level in levels}
 
 
-def classifier_of(path: str, device: torch.device, args) -> Classifier:
-    return Classifier(path, device, getattr(args, 'native', False), args.arch, args.tokenizer)
+def chunks(items: list, size: int):
+    return (items[i : i + size] for i in range(0, len(items), size))
 
 
-def attack(kind: str, logits, x: Tensor, y: Tensor, eps: float, numbers: list[int], seed: int, batch_size: int) -> Tensor:
-    """x under one of ATTACKS.   logits: (images [b, 3, h, w], rows of x [b]) → [b, classes].  y: labels [N].
-    eps: in [0, 1] units.  numbers: of the images in their data set, which the random starts are drawn from."""
-    noise = lambda restart, row: data.generator(seed, f'restart {restart}', numbers[row])
-    if kind == 'ensemble':
-        return attacks.ensemble(logits, x, y, eps, noise, batch_size=batch_size).images
-    if kind == 'apgd':
-        return attacks.ensemble(logits, x, y, eps, noise, restarts=1, targets=0, batch_size=batch_size).images
-    found = x.clone()
-    for rows in torch.arange(len(x), device=x.device).split(batch_size):
-        standing = rows[stands(logits, x, y, rows)]  # an image that is wrong unperturbed stays wrong
-        for restart in range(PGD_RESTARTS):
-            if not len(standing):
-                break
-            start = attacks.random_start(x[standing], eps, [noise(restart, i) for i in standing.tolist()])
-            found[standing] = attacks.pgd(lambda z: attacks.margin(logits(z, standing), y[standing]).sum(), x[standing], eps,
-                                          eps / 10, PGD_STEPS, start)
-            attacks.check(x[standing], found[standing], eps)
-            standing = standing[stands(logits, found, y, standing)]
-    return found
+def gather(value) -> list:
+    """[value of rank 0, value of rank 1, …] on all ranks."""
+    everyone = [value] * (dist.get_world_size() if dist.is_initialized() else 1)
+    if len(everyone) > 1:
+        dist.all_gather_object(everyone, value)
+    return everyone
 
 
-@torch.no_grad()
-def stands(logits, x: Tensor, y: Tensor, rows: Tensor) -> Tensor:
-    return logits(x[rows], rows).argmax(1) == y[rows]
+def sample(n: int, name: str, args, keep: list[int] | None = None) -> list[int]:
+    """The numbers of --n of n images (or of those to keep), drawn by --seed: the same for every model."""
+    numbers, place = list(range(n)) if keep is None else keep, f'{name}, split {args.split}'
+    if not numbers:
+        data.fail(f'{place}: no image is left' + ('' if keep is None else f' by --subset {args.subset}'))
+    if args.n > len(numbers) and args.rank == 0:
+        print(f'note: --n {args.n}: {place}, has {len(numbers)} images; all are used', file=sys.stderr)
+    return draw(numbers, args.n, args.seed)
 
 
-@torch.no_grad()
-def ranks(logits, x: Tensor, y: Tensor, batch_size: int) -> list[int]:
-    """How many classes are ahead of the right one: 0 is correct. Of equal logits the first is ahead, as argmax has it."""
-    found = []
-    for rows in torch.arange(len(x), device=x.device).split(batch_size):
-        z, label = logits(x[rows], rows), y[rows, None]
-        right = z.gather(1, label)
-        before = torch.arange(z.shape[1], device=x.device) < label
-        found += ((z > right) | (z == right) & before | z.isnan()).sum(1).tolist()
-    return found
+def draw(items: list, n: int, seed: int) -> list:
+    """n of them by seed; a larger n only adds to them. 0: all."""
+    order = torch.randperm(len(items), generator=data.generator(seed, 'sample', 0)).tolist()
+    return [items[i] for i in order[: n or len(items)]]
 
 
-def attacked(logits, item, numbers: list[int], args, bar: tqdm):
-    """Yields (ε, numbers, x, y, x_adv, logits of rows) for ε = 0 and every radius, for all images, some at a time.
+# ------------------------------------------------------------------------------------------ rows and outcomes
+@dataclass
+class Report:
+    """What a command hands back. All that is shown and kept is made of the rows."""
 
-    logits: (images, list of numbers) → [b, classes].  item: number → (pixels [3, h, w], label).
+    rows: list[dict]
+    outcomes: list[dict]  # what became of each image: enough to compute the values again
+    title: str
+    down: list[str]  # of the table: the keys of its first columns; …
+    across: str = ''  # … and the key of which every value is a column
+    plotted: tuple[str, ...] = ()  # the measures that --plot shows
+
+
+COLUMNS = ('model', 'data', 'split', 'n', 'measure', 'attack', 'eps', 'value', 'stderr')
+
+
+def about(args, model: str, eps: float, **more) -> dict:
+    """What rows and outcomes of a model at one ε (in 1/255; 0: unperturbed) share.   more: where needed"""
+    by, how = args.attack if eps else 'none', vars(args) if eps else {}
+    more |= {key: how[key] for key in ('native', 'iterations') if how.get(key)}
+    return {'model': model, 'data': args.data[0], 'split': args.split, 'attack': by, 'eps': eps, **more}
+
+
+def row(common: dict, name: str, values: list | float, n: int = 0) -> dict:
+    """A measurement: the mean of a value of each image and its standard error, or a figure of all n images.
+
+    value: a fraction (CIDEr: 0 … 10).  stderr: √(p(1−p)/n) of shares, else of the mean; None of a figure.
     """
-    spent = 0
-
-    def budgeted(eps: float) -> int:
-        return ATTACKS[args.attack][1] if eps else 1
-
-    for pool in chunks(numbers, 8 * args.batch_size):  # several batches, so that they stay full when images leave
-        loaded = [(i, *item(i)) for i in pool]
-        shapes = {tuple(x.shape): None for _, x, _ in loaded}  # one, unless --native
-        for group in [[row for row in loaded if tuple(row[1].shape) == shape] for shape in shapes]:
-            names = [i for i, _, _ in group]
-            x, y = torch.stack([x for _, x, _ in group]), torch.tensor([y for _, _, y in group], device=group[0][1].device)
-
-            def of_rows(images: Tensor, rows: Tensor) -> Tensor:
-                nonlocal spent
-                spent += len(images)
-                bar.update(len(images))
-                return logits(images, [names[i] for i in rows.tolist()])
-
-            for eps in [0., *args.eps]:
-                spent = 0
-                x_adv = attack(args.attack, of_rows, x, y, eps / 255, names, args.seed, args.batch_size) if eps else x
-                yield eps, names, x, y, x_adv, of_rows
-                bar.update(budgeted(eps) * len(x) - spent)  # what broken images left over
-
-
-# ============================================================================================================= commands
-def zeroshot(args: argparse.Namespace, rank: int, world: int, device: torch.device) -> dict:
-    """Which of the classes is nearest to the image? A row for each run and data set."""
-    results = []
-    for path in args.dirs:
-        classifier, own = classifier_of(path, device, args), []
-        for name in args.data:
-            images = load_set(name, args, rank)
-            classifier.embed_classes(images.classes, images.prompts)
-            numbers = sample(images.n, name, args, rank, keep=subset(images, name, path, args))
-            mine = numbers[rank::world]  # strided: the ranks get about as many hard images each
-
-            def item(i: int) -> tuple[Tensor, int]:
-                image, label = images.item(i)
-                return classifier.pixels(image), label
-
-            record: dict[float, dict[int, tuple[int, int]]] = {}
-            with progress(args, rank, len(mine), f'{Path(path).name} {Path(name).name}') as bar:
-                for eps, names, x, y, x_adv, logits in attacked(classifier, item, mine, args, bar):
-                    found = ranks(logits, x_adv, y, args.batch_size)
-                    record.setdefault(eps, {}).update(zip(names, zip(y.tolist(), found)))
-            record = {eps: {k: v for part in gather(record) for k, v in part.get(eps, {}).items()} for eps in [0., *args.eps]}
-            row = {'dir': str(path), 'data': name, 'n': len(numbers), 'classes': len(images.classes), 'templates': len(images.templates)}
-            for metric, measure in METRICS.items():
-                of = {eps: measure([record[eps][i] for i in numbers]) for eps in record}
-                row |= {f'clean_{metric}': of[0.], f'adv_{metric}': {f'{eps:g}': of[eps] for eps in args.eps}}
-            row['survives'] = {f'{eps:g}': ''.join('1' if record[eps][i][1] == 0 else '0' for i in numbers) for eps in record}
-            own.append(row)
-        if len(own) > 1:
-            own.append({'dir': str(path), 'data': 'average', 'n': sum(r['n'] for r in own), **{
-                key: {eps: mean([r[key][eps] for r in own]) for eps in own[0][key]} if key.startswith('adv') else mean([r[key] for r in own])
-                for metric in METRICS for key in (f'clean_{metric}', f'adv_{metric}')}})
-        results += own
-    if rank == 0:
-        say(f'zero-shot classification, accuracy in %, split {args.split}{"" if args.subset == "all" else f", {args.subset} captions"}; '
-            f'{attack_text(args)}')
-        for metric, title in (('acc', 'top-1'), ('acc5', 'top-5'), ('mean_per_class_recall', 'mean per-class recall')):
-            table([title, 'data', 'n', 'clean', *(f'ε = {eps:g}' for eps in args.eps)],
-                  [[r['dir'], r['data'], str(r['n']), percent(r[f'clean_{metric}']), *map(percent, r[f'adv_{metric}'].values())] for r in results])
-        if args.plot:
-            shown = [r for r in results if r['data'] == ('average' if len(args.data) > 1 else args.data[0])]
-            curves(Path(args.plot), [(Path(r['dir']).name, {0.: r['clean_acc'], **{float(e): a for e, a in r['adv_acc'].items()}}) for r in shown],
-                   'ε in 1/255 (l∞)', 'zero-shot accuracy in %', f'{", ".join(Path(d).name for d in args.data)} {args.split}, n = '
-                   f'{shown[0]["n"]}, {args.attack}', 1 / shown[0]['classes'] if 'classes' in shown[0] else None)
-    return {'n': results[0]['n'], 'results': results}
+    value, error = values, None
+    if isinstance(values, list):
+        n, value = len(values), mean(values)
+        if set(values) <= {0, 1}:
+            error = math.sqrt(value * (1 - value) / n)
+        elif n > 1:
+            error = statistics.stdev(values) / math.sqrt(n)
+    return {**dict.fromkeys(COLUMNS), **common, 'n': n, 'measure': name, 'value': value, 'stderr': error}
 
 
 def mean(values: list[float]) -> float:
     return sum(values) / len(values)
 
 
-def recall(record: list[tuple[int, int]]) -> float:
-    """Mean over the classes of the share of its images that are right."""
-    of: dict[int, list[bool]] = {}
-    for label, rank in record:
-        of.setdefault(label, []).append(rank == 0)
-    return mean([mean(hits) for hits in of.values()])
+# ======================================================================================== a CLIP under attack
+class Classifier:
+    """A CLIP and its embeddings of classes; called with images it gives logits.   [b, 3, h, w] → [b, classes]
 
-
-METRICS = {'acc': lambda record: mean([r == 0 for _, r in record]), 'acc5': lambda record: mean([r < 5 for _, r in record]),
-           'mean_per_class_recall': recall}  # of [(label, rank of the right class)]
-
-
-def retrieval(args: argparse.Namespace, rank: int, world: int, device: torch.device) -> dict:
-    """recall@k: is one of an image's captions among the k nearest texts; is one of a caption's images among the k nearest?
-
-    Attacked are the images, each against all its captions (image → text); text → image is measured on the same images.
+    native: images come at their own size and are resized in here, so that the attack acts before the resize.
     """
-    if len(args.data) > 1:
-        raise SystemExit(f'error: --data {" ".join(args.data)}: retrieval takes one data set')
-    results = []
-    for path in args.dirs:
-        classifier, images = classifier_of(path, device, args), data.caption_set(args.data[0], args.split)
-        numbers = sample(len(images.captions), args.data[0], args, rank)
-        texts = list(dict.fromkeys(c for i in numbers for c in images.captions[i]))
-        place = {text: t for t, text in enumerate(texts)}
-        own = {i: [place[c] for c in images.captions[i]] for i in numbers}  # its captions, as places in texts
-        if len(texts) < 2:
-            raise SystemExit(f'error: --data {args.data[0]}: {len(texts)} different caption; retrieval needs at least 2')
-        text = classifier.embed_texts(texts)
 
-        def right(names: list[int]) -> Tensor:
-            mask = torch.zeros(len(names), len(texts), dtype=torch.bool, device=device)
-            for row, i in enumerate(names):
-                mask[row, own[i]] = True
-            return mask
+    def __init__(self, path: str, device: torch.device, native: bool = False):
+        self.model, self.tokenizer = clip_adv.load_clip(path)
+        self.model.to(device).requires_grad_(False)
+        self.device, self.native, how = device, native, self.model.preprocess
+        self.how = (self.model.visual.size, how.interpolation, how.resize_mode)
 
-        def logits(x: Tensor, names: list[int]) -> Tensor:
-            """The last class is "one of its captions", the others are all other texts. (Last, so that a tie is a miss.)"""
-            z, mask = 100 * classifier.embed(x) @ text.T, right(names)
-            nearest = z.masked_fill(~mask, float('-inf')).amax(1, keepdim=True)
-            return torch.cat([z.masked_fill(mask, float('-inf')), nearest], 1)
+    def pixels(self, image) -> Tensor:
+        """RGB image → float32 [3, h, w] in [0, 1]: the pixels that the attack may change"""
+        uint8 = data.TF.pil_to_tensor(image) if self.native else data.Fit(*self.how)(image)
+        return uint8.to(self.device).float() / 255
 
-        ranks_of, embedded = {eps: {} for eps in [0., *args.eps]}, {eps: {} for eps in [0., *args.eps]}
-        mine = numbers[rank::world]
-        item = lambda i: (classifier.pixels(images.image(i)), len(texts))
-        with progress(args, rank, len(mine), Path(path).name) as bar:
-            for eps, names, x, y, x_adv, of_rows in attacked(logits, item, mine, args, bar):
-                ranks_of[eps].update(zip(names, ranks(of_rows, x_adv, y, args.batch_size)))
-                embedded[eps].update(zip(names, torch.cat([classifier.embed(part) for part in x_adv.split(args.batch_size)]).cpu()))
-        parts = gather((ranks_of, embedded))
-        row = {'dir': str(path), 'data': args.data[0], 'n': len(numbers), 'texts': len(texts)}
-        for eps in [0., *args.eps]:
-            i2t = {i: r for part, _ in parts for i, r in part[eps].items()}
-            vector = {i: v for _, part in parts for i, v in part[eps].items()}
-            similarity = text.cpu() @ torch.stack([vector[i] for i in numbers]).T                    # [texts, images]
-            mask = right(numbers).T.cpu()
-            nearest = similarity.masked_fill(~mask, float('-inf')).amax(1, keepdim=True)
-            t2i = (~mask & (similarity >= nearest)).sum(1).tolist()
-            row |= {('clean' if eps == 0 else f'adv_{eps:g}'): {
-                **{f'image_to_text_recall@{k}': mean([i2t[i] < k for i in numbers]) for k in (1, 5, 10)},
-                **{f'text_to_image_recall@{k}': mean([r < k for r in t2i]) for k in (1, 5, 10)}}}
-        results.append(row)
-    if rank == 0:
-        say(f'retrieval, recall@k in %, {args.data[0]} {args.split}, {results[0]["n"]} images, {results[0]["texts"]} texts; '
-            f'{attack_text(args)}, against image → text')
-        table(['model', 'ε', *(f'{way} @{k}' for way in ('i→t', 't→i') for k in (1, 5, 10))],
-              [[r['dir'], f'{eps:g}', *map(percent, r['clean' if eps == 0 else f'adv_{eps:g}'].values())]
-               for r in results for eps in [0., *args.eps]])
-        if args.plot:
-            curves(Path(args.plot), [(f'{Path(r["dir"]).name}, {arrow}', {eps: r['clean' if eps == 0 else f'adv_{eps:g}'][f'{way}_recall@1']
-                                      for eps in [0., *args.eps]}) for r in results for way, arrow in
-                                     (('image_to_text', 'image → text'), ('text_to_image', 'text → image'))],
-                   'ε in 1/255 (l∞)', 'recall@1 in %', f'retrieval, {Path(args.data[0]).name} {args.split}, n = {results[0]["n"]}, {args.attack}')
-    return {'n': results[0]['n'], 'results': results}
+    @torch.no_grad()
+    def embed_texts(self, texts: list[str]) -> Tensor:
+        """→ unit vectors [texts, D]"""
+        tokens = (self.tokenizer(part).to(self.device) for part in chunks(texts, 256))
+        return torch.cat([self.model.encode_text(part) for part in tokens])
+
+    def embed_classes(self, classes: list[str], templates: list[str]) -> 'Classifier':
+        """A class is the direction of the mean of its prompts (a template ensemble)."""
+        prompts = [template.replace('{c}', name) for name in classes for template in templates]
+        of_class = self.embed_texts(prompts).split(len(templates))
+        self.text = F.normalize(torch.stack([vectors.mean(0) for vectors in of_class]), dim=-1)
+        return self
+
+    def embed(self, x: Tensor) -> Tensor:
+        """[b, 3, h, w] in [0, 1] → unit vectors [b, D]"""
+        if self.native:
+            x = data.resize(x, *self.how).clamp(0, 1)  # bicubic leaves the box
+        return self.model(x)
+
+    def __call__(self, x: Tensor, rows: Tensor | None = None) -> Tensor:
+        return 100 * self.embed(x) @ self.text.T
 
 
-def typographic(args: argparse.Namespace, rank: int, world: int, device: torch.device) -> dict:
-    """Does a wrong class name, written on the image, change the class? And what do large targeted perturbations look like?
+@dataclass
+class Images:
+    """Some images of one shape, which are judged and attacked together."""
 
-    The name is drawn at the image's own size (enlarged to 224 pixels if it is smaller), before the model's resize.
-    """
-    images = one_set(args, rank)
-    numbers = sample(images.n, args.data[0], args, rank)
-    mine, results, named = numbers[rank::world], [], {}  # named: number → (right class, the one that is written)
-    for i in dict.fromkeys([*mine, numbers[0]]):
-        label = images.item(i)[1]
-        other = int(torch.randint(len(images.classes) - 1, (), generator=data.generator(args.seed, 'typographic', i)))
-        named[i] = (label, other + (other >= label))
-    for path in args.dirs:
-        classifier = classifier_of(path, device, args).embed_classes(images.classes, images.prompts)
+    numbers: list[int]  # in their data set: what is random about an image is drawn from its number
+    x: Tensor  # float32 [n, 3, h, w] in [0, 1]
+    y: Tensor  # int64 [n], labels
+
+
+def attack(args, logits, images: Images, eps: float) -> Tensor:
+    """Under --attack.   logits: (x [b, 3, h, w], their rows in images [b]) → [b, classes].  eps: in [0, 1]"""
+
+    def noise(restart: int, row: int) -> torch.Generator:
+        return data.generator(args.seed, f'restart {restart}', images.numbers[row])
+
+    x, y, size = images.x, images.y, args.batch_size
+    if args.attack == 'none':
+        return x
+    if args.attack != 'pgd':
+        few = {'restarts': 1, 'targets': 0} if args.attack == 'apgd' else {}
+        return attacks.ensemble(logits, x, y, eps, noise, batch_size=size, **few).images
+    found = x.clone()
+    for rows in torch.arange(len(x), device=x.device).split(size):
+        for restart in range(PGD_RESTARTS):
+            with torch.no_grad():
+                rows = rows[logits(found[rows], rows).argmax(1) == y[rows]]
+            if not len(rows):  # what is wrong already stays as it is
+                break
+            start = attacks.random_start(x[rows], eps, [noise(restart, i) for i in rows.tolist()])
+            found[rows] = climb(logits, images, rows, eps, start)
+    return found
+
+
+def climb(logits, images: Images, rows: Tensor, eps: float, start: Tensor) -> Tensor:
+    """These rows of the images after PGD_STEPS steps of ε/10 up the margin."""
+    x, y, alpha = images.x[rows], images.y[rows], eps / 10
+    found = attacks.pgd(lambda z: attacks.margin(logits(z, rows), y).sum(), x, eps, alpha, PGD_STEPS, start)
+    attacks.check(x, found, eps)
+    return found
+
+
+@torch.no_grad()
+def ranks(logits, x: Tensor, y: Tensor, batch_size: int) -> list[int]:
+    """How many classes are ahead of the right one, 0: correct. Of equals the first is ahead, as in argmax."""
+    found = []
+    for rows in torch.arange(len(x), device=x.device).split(batch_size):
+        z, label = logits(x[rows], rows), y[rows, None]
+        right, before = z.gather(1, label), torch.arange(z.shape[1], device=x.device) < label
+        found += ((z > right) | (z == right) & before | z.isnan()).sum(1).tolist()
+    return found
+
+
+# ----------------------------------------------------------------------------------- zero-shot classification
+class ZeroShot:
+    """For `measure`: which class is nearest?   outcome: (the right one, how many are ahead of it)"""
+
+    def __init__(self, args, classifier: Classifier, images):
+        self.args, self.classifier, self.images = args, classifier, images
+
+    def item(self, number: int) -> tuple[Tensor, int]:
+        image, label = self.images.item(number)
+        return self.classifier.pixels(image), label
+
+    def logits_of(self, images: Images) -> Callable:
+        return self.classifier
+
+    def load(self, numbers: list[int]) -> list[Images]:
+        """By their shapes, of which there is one unless --native."""
+        groups: dict[torch.Size, list] = {}
+        for number in numbers:
+            x, label = self.item(number)
+            groups.setdefault(x.shape, []).append((number, x, label))
+        found = (zip(*group) for group in groups.values())
+        return [Images(list(i), torch.stack(x), torch.tensor(y, device=x[0].device)) for i, x, y in found]
+
+    def judge(self, groups: list[Images], eps: float) -> dict[int, tuple]:
         found = {}
-        with tqdm(total=len(mine) * len(args.font), desc=Path(path).name, unit='image', disable=args.quiet or rank > 0) as bar, torch.no_grad():
-            for size in args.font:
-                for part in chunks(mine, args.batch_size):
-                    drawn = [written(enlarged(images.item(i)[0]), images.classes[named[i][1]], size) for i in part]
-                    seen = classifier(torch.stack([classifier.pixels(image) for image in drawn])).argmax(1).tolist()
-                    found |= {(size, i): p for i, p in zip(part, seen)}
-                    bar.update(len(part))
-        row = {'dir': str(path), 'data': args.data[0], 'n': len(numbers)}
-        for key, which in (('acc', 0), ('written_acc', 1)):  # saw what is there; saw what is written
-            hits = gather([(size, p == named[i][which]) for (size, i), p in found.items()])
-            row[key] = {f'{size:g}': mean([hit for part in hits for s, hit in part if s == size]) for size in args.font}
-        results.append(row)
-    if rank == 0:
-        say(f'typographic attack, {args.data[0]} {args.split}, n = {len(numbers)}: a wrong class name on the image; height of the letters '
-            f'in % of the image\'s (0: nothing written)')
-        table(['in %', '', *(f'{size:g} %' for size in args.font)],
-              [[r['dir'], what, *map(percent, r[key].values())] for r in results
-               for key, what in (('acc', 'accuracy'), ('written_acc', 'the written class'))])
-        if args.plot:
-            curves(Path(args.plot), [(Path(r['dir']).name + what, {float(s): a for s, a in r[key].items()}) for r in results
-                                     for key, what in (('acc', ''), ('written_acc', ': the written class'))],
-                   'height of the letters in % of the image', 'images in %', f'a wrong class name on the image, {Path(args.data[0]).name}, n = {len(numbers)}')
-        if args.grid:
-            targeted_grid(args, images, numbers[0], named[numbers[0]], device)
-    return {'n': len(numbers), 'results': results}
+        for images in groups:
+            logits = self.logits_of(images)
+            x = attack(self.args, logits, images, eps / 255) if eps else images.x
+            found |= zip(images.numbers, self.outcomes(logits, images, x))
+        return found
+
+    def outcomes(self, logits, images: Images, x: Tensor) -> list[tuple]:
+        return list(zip(images.y.tolist(), ranks(logits, x, images.y, self.args.batch_size)))
 
 
-def enlarged(image):
-    """At least 224 pixels high and wide, so that letters can be drawn."""
-    side = min(image.size)
-    return image if side >= 224 else image.resize([round(s * 224 / side) for s in image.size], resample=2)
+def zeroshot(args) -> Report:
+    """Which of the classes is nearest to the image? Several data sets: each of them, and the average.
+
+    DIR: a CLIP each. --data: 'easyvqa'; a folder (metadata.jsonl; or classnames.txt, and SPLIT/*.tar or a
+    folder for each class); or a class of torchvision.datasets.
+    """
+    rows, outcomes = [], []
+    for path in args.dirs:
+        classifier, own = Classifier(path, args.device, args.native), []
+        for name in args.data:
+            images = load_set(name, args)
+            classifier.embed_classes(images.classes, images.templates)
+            numbers = sample(images.n, name, args, keep=subset(images, path, args))
+            task, title = ZeroShot(args, classifier, images), f'{Path(path).name} {Path(name).name}'
+            for eps, of in measure(args, task, numbers, [0.0, *args.eps], title).items():
+                common = {**about(args, path, eps, subset=args.subset), 'data': name}
+                labels, ahead = map(list, zip(*(of[i] for i in numbers)))
+                own += zeroshot_rows({**common, 'classes': len(images.classes)}, labels, ahead)
+                stands = ''.join('0' if k else '1' for k in ahead)
+                outcomes.append({**common, 'survives': stands, 'labels': labels, 'classes_ahead': ahead})
+        rows += own + (average(own) if len(args.data) > 1 else [])
+    title = f'zero-shot classification, in %, split {args.split}, {args.subset} captions; {attack_text(args)}'
+    return Report(rows, outcomes, title, ['measure', 'model', 'data', 'n'], 'eps', ('accuracy',))
+
+
+def zeroshot_rows(common: dict, labels: list[int], ahead: list[int]) -> list[dict]:
+    """ahead: how many classes are ahead of each image's label"""
+    of_class = [[k == 0 for of, k in zip(labels, ahead) if of == label] for label in dict.fromkeys(labels)]
+    return [
+        row(common, 'accuracy', [k == 0 for k in ahead]),
+        row(common, 'top-5 accuracy', [k < 5 for k in ahead]),
+        row(common, 'mean per-class recall', mean([mean(hits) for hits in of_class]), len(labels)),
+    ]
+
+
+def average(rows: list[dict]) -> list[dict]:
+    """Over data sets: a row for each measure and ε."""
+    found = []
+    for key in dict.fromkeys((r['measure'], r['eps']) for r in rows):
+        of = [r for r in rows if (r['measure'], r['eps']) == key]
+        errors, value, n = [r['stderr'] for r in of], mean([r['value'] for r in of]), sum(r['n'] for r in of)
+        error = None if None in errors else math.hypot(*errors) / len(of)
+        found.append({**of[0], 'data': 'average', 'n': n, 'value': value, 'stderr': error, 'classes': None})
+    return found
+
+
+def load_set(name: str, args) -> 'ClassSet':
+    read = partial(class_set, name, args.split, args.root, args.download, args.classnames, args.templates)
+    if not args.download or args.world == 1:
+        return read()
+    images = read() if args.rank == 0 else None  # rank 0 fetches it, the others find it
+    dist.barrier()
+    return images or read()
+
+
+def subset(images: 'ClassSet', path: str, args) -> list[int] | None:
+    """The images whose caption the run never saw ('held-out'), or the others ('seen'); None: all."""
+    if args.subset == 'all':
+        return None
+    config = data.read_json(Path(path) / 'train_config.json', f'--subset {args.subset}: {path}')
+    held = data.held_out(config['config']['holdout'])
+    if not held:
+        data.fail(f'--subset {args.subset}: {path} was trained without --holdout')
+    is_held = [data.pair_name(c) in held for c in images.classes]
+    return [i for i in range(images.n) if is_held[images.item(i)[1]] == (args.subset == 'held-out')]
+
+
+# -------------------------------------------------------------------------------------------------- retrieval
+class Retrieval(ZeroShot):
+    """For `measure`: is one of its captions nearest?   outcome: (how many others are ahead, embedding [D])
+
+    For an attack the last class is "one of its captions", all other texts are before it. (A tie is a miss.)
+    """
+
+    def __init__(self, args, classifier: Classifier, images: tuple, numbers: list[int]):
+        captions, self.image = images  # of each image, and number → image
+        super().__init__(args, classifier, images)
+        texts = list(dict.fromkeys(caption for i in numbers for caption in captions[i]))
+        if len(texts) < 2:
+            data.fail(f'--data {args.data[0]}: {len(texts)} different caption; retrieval needs at least 2')
+        place = {text: t for t, text in enumerate(texts)}
+        self.own = {i: [place[caption] for caption in captions[i]] for i in numbers}
+        self.text = classifier.embed_texts(texts)  # [texts, D]
+
+    def item(self, number: int) -> tuple[Tensor, int]:
+        return self.classifier.pixels(self.image(number)), len(self.text)
+
+    def right(self, numbers: list[int]) -> Tensor:
+        """bool [images, texts]: which texts are captions of the image"""
+        mask = torch.zeros(len(numbers), len(self.text), dtype=torch.bool, device=self.text.device)
+        for i, number in enumerate(numbers):
+            mask[i, self.own[number]] = True
+        return mask
+
+    def logits_of(self, images: Images) -> Callable:
+        return partial(self.logits, images.numbers)
+
+    def logits(self, numbers: list[int], x: Tensor, rows: Tensor) -> Tensor:
+        right = self.right([numbers[i] for i in rows.tolist()])
+        z = 100 * self.classifier.embed(x) @ self.text.T
+        nearest = z.masked_fill(~right, -math.inf).amax(1, keepdim=True)
+        return torch.cat([z.masked_fill(right, -math.inf), nearest], 1)
+
+    def outcomes(self, logits, images: Images, x: Tensor) -> list[tuple]:
+        embedded = torch.cat([self.classifier.embed(part) for part in x.split(self.args.batch_size)]).cpu()
+        return list(zip(ranks(logits, x, images.y, self.args.batch_size), embedded))
+
+    def images_ahead(self, numbers: list[int], embedded: Tensor) -> list[int]:
+        """Of each text: how many images are ahead of the nearest of its own.   embedded: [images, D]"""
+        similarity, right = self.text.cpu() @ embedded.T, self.right(numbers).T.cpu()  # [texts, images]
+        nearest = similarity.masked_fill(~right, -math.inf).amax(1, keepdim=True)
+        return (~right & (similarity >= nearest)).sum(1).tolist()
+
+
+def retrieval(args) -> Report:
+    """recall@k: is one of an image's captions among the k nearest texts, and the other way?
+
+    Attacked are the images, against all their captions (image → text); text → image is measured on the same.
+    DIR: a CLIP each. --data: 'easyvqa', a folder with metadata.jsonl or SPLIT/*.tar of images and captions.
+    """
+    rows, outcomes, images = [], [], caption_set(args.data[0], args.split)
+    numbers = sample(len(images[0]), args.data[0], args)
+    for path in args.dirs:
+        task = Retrieval(args, Classifier(path, args.device, args.native), images, numbers)
+        for eps, found in measure(args, task, numbers, [0.0, *args.eps], Path(path).name).items():
+            texts_ahead = [found[i][0] for i in numbers]
+            images_ahead = task.images_ahead(numbers, torch.stack([found[i][1] for i in numbers]))
+            common = about(args, path, eps)
+            for way, ahead in (('image→text', texts_ahead), ('text→image', images_ahead)):
+                rows += [row(common, f'{way} R@{k}', [a < k for a in ahead]) for k in (1, 5, 10)]
+            outcomes.append({**common, 'texts_ahead': texts_ahead, 'images_ahead': images_ahead})
+    title = f'retrieval, recall@k in %, {args.data[0]} {args.split}, {len(numbers)} images, '
+    title += f'{len(task.text)} texts; {attack_text(args)}, against image → text'
+    return Report(rows, outcomes, title, ['model', 'eps'], 'measure', ('image→text R@1', 'text→image R@1'))
+
+
+# ------------------------------------------------------------------------------------------------ typographic
+class Typographic(ZeroShot):
+    """For `measure`: a wrong name on the image.   outcome: (its class, what is written, what is seen)"""
+
+    def load(self, numbers: list[int]) -> list[tuple]:
+        classes = [two_classes(self.images, i, self.args.seed) for i in numbers]
+        return [(i, self.images.item(i)[0], *two) for i, two in zip(numbers, classes)]
+
+    @torch.no_grad()
+    def judge(self, loaded: list[tuple], height: float) -> dict[int, tuple]:
+        found = {}
+        for part in chunks(loaded, self.args.batch_size):
+            drawn = [written(image, self.images.classes[wrong], height) for _, image, _, wrong in part]
+            seen = self.classifier(torch.stack([self.classifier.pixels(image) for image in drawn])).argmax(1)
+            found |= {i: (right, wrong, s) for (i, _, right, wrong), s in zip(part, seen.tolist())}
+        return found
+
+
+def typographic(args) -> Report:
+    """Does a wrong class name, written on the image, change the class? --grid: large targeted perturbations.
+
+    The name is drawn before the model's resize, at the image's own size. DIR and --data: as for zeroshot.
+    """
+    rows, outcomes, images = [], [], load_set(args.data[0], args)
+    numbers = sample(images.n, args.data[0], args)
+    for path in args.dirs:
+        classifier = Classifier(path, args.device).embed_classes(images.classes, images.templates)
+        task = Typographic(args, classifier, images)
+        for height, found in measure(args, task, numbers, args.font, Path(path).name).items():
+            common = {**about(args, path, 0.0, height=height), 'attack': 'letters' if height else 'none'}
+            right, wrong, seen = map(list, zip(*(found[i] for i in numbers)))
+            rows.append(row(common, 'accuracy', [s == r for s, r in zip(seen, right)]))
+            rows.append(row(common, 'the written class', [s == w for s, w in zip(seen, wrong)]))
+            outcomes.append({**common, 'labels': right, 'written': wrong, 'seen': seen})
+    if args.grid and args.rank == 0:
+        targeted_grid(args, images, numbers[0])
+    title = f'a wrong class name on the image, in %, {args.data[0]} {args.split}, n = {len(numbers)}; '
+    title += "height of the letters in % of the image's (0: nothing written)"
+    return Report(rows, outcomes, title, ['model', 'measure'], 'height', ('accuracy', 'the written class'))
+
+
+def two_classes(images: 'ClassSet', number: int, seed: int) -> tuple[int, int]:
+    """The image's class, and another one, drawn by seed."""
+    label, g = images.item(number)[1], data.generator(seed, 'typographic', number)
+    other = int(torch.randint(len(images.classes) - 1, (), generator=g))
+    return label, other + (other >= label)
 
 
 def written(image, name: str, percent_high: float):
-    """The name across the middle of the image, a word a line, black with a white rim; smaller if it would not fit."""
-    from PIL import ImageDraw, ImageFont
+    """The name across the image, a word a line, black with a white rim; smaller if it would not fit.
+
+    An image smaller than 224 pixels is enlarged first, so that letters can be drawn.
+    """
+    if (side := min(image.size)) < 224:
+        image = image.resize([round(s * 224 / side) for s in image.size], resample=2)
     if percent_high == 0:
         return image
-    image = image.copy()
-    draw, lines, size = ImageDraw.Draw(image), name.replace(' ', '\n'), percent_high / 100 * image.height
+    image, lines, size = image.copy(), name.replace(' ', '\n'), percent_high / 100 * image.height
+    pen = ImageDraw.Draw(image)
     while True:
         font, rim = ImageFont.load_default(max(size, 1)), max(1, round(size / 12))
-        left, top, right, bottom = draw.multiline_textbbox((0, 0), lines, font, stroke_width=rim, align='center')
+        how = {'font': font, 'stroke_width': rim, 'align': 'center'}
+        left, top, right, bottom = pen.multiline_textbbox((0, 0), lines, **how)
         if size <= 4 or (right - left <= image.width and bottom - top <= image.height):
             break
-        size *= .95
+        size *= 0.95
     place = ((image.width - left - right) / 2, (image.height - top - bottom) / 2)
-    draw.multiline_text(place, lines, 'black', font, stroke_width=rim, stroke_fill='white', align='center')
+    pen.multiline_text(place, lines, 'black', stroke_fill='white', **how)
     return image
 
 
-def targeted_grid(args, images: data.ClassSet, number: int, named: tuple[int, int], device: torch.device) -> None:
-    """clean | δ | x+δ for radii so large that the perturbation can be seen; a row for each radius, a block for each run."""
-    target = images.classes.index(args.target) if args.target in images.classes else named[1]
+def targeted_grid(args, images: 'ClassSet', number: int) -> None:
+    """clean | δ | x+δ for radii so large that δ is seen: a line for each radius, a block for each model"""
     if args.target and args.target not in images.classes:
-        raise SystemExit(f'error: --target {args.target}: not a class; the classes are {", ".join(images.classes[:30])}')
-    rows = []
-    for eps in args.grid_eps:
-        row = []
-        for path in args.dirs:
-            classifier = classifier_of(path, device, args).embed_classes(images.classes, images.prompts)
-            x = classifier.pixels(images.item(number)[0])[None]
-            goal = torch.tensor([target], device=device)
-            never = torch.zeros(1, dtype=torch.bool, device=device)  # not to the first success: to the highest loss
-            loss = lambda z, idx: (-attacks.margin(classifier(z), goal), never)
-            x_adv = attacks.apgd(loss, x, eps / 255, iterations=200).images
-            attacks.check(x, x_adv, eps / 255)
+        data.fail(f'--target {args.target}: not a class; the classes are {", ".join(images.classes[:30])}')
+    goal = images.classes.index(args.target) if args.target else two_classes(images, number, args.seed)[1]
+    lines = [[] for _ in args.grid_eps]
+    for path in args.dirs:
+        classifier = Classifier(path, args.device).embed_classes(images.classes, images.templates)
+        x = classifier.pixels(images.item(number)[0])
+        for line, eps in zip(lines, args.grid_eps):
+            x_adv = towards(classifier, x[None], goal, eps / 255)[0]
             with torch.no_grad():
-                before, after = (images.classes[int(classifier(z).argmax())] for z in (x, x_adv))
-            row += [(x[0], f'{Path(path).name}: {before}'), ((x_adv - x)[0] / (2 * eps / 255) + .5, f'δ, ε = {eps:g}/255'),
-                    (x_adv[0], f'x + δ: {after}')]
-        rows.append(row)
-    pictures(Path(args.grid), rows, f'towards “{images.classes[target]}”')
+                before, after = (images.classes[int(classifier(z[None]).argmax())] for z in (x, x_adv))
+            line += [(x, f'{Path(path).name}: {before}'), *changed(x, x_adv, eps, after)]
+    pictures(Path(args.grid), lines, f'towards “{images.classes[goal]}”')
 
 
-def show(args: argparse.Namespace, rank: int, world: int, device: torch.device) -> dict:
-    """One image: what does the model see before and after the attack?"""
-    if rank > 0:
-        return {}
+def towards(classifier: Classifier, x: Tensor, goal: int, eps: float) -> Tensor:
+    """Not to the first success: to the highest loss."""
+    y = torch.tensor([goal], device=x.device)
+    found = attacks.apgd(lambda z, rows: (-attacks.margin(classifier(z), y), y < 0), x, eps, iterations=200)
+    attacks.check(x, found.images, eps)
+    return found.images
+
+
+def show(args) -> Report:
+    """One image: what does the model see before and after the attack? DIR: a CLIP each."""
     names = [name.strip() for name in args.labels.split(',') if name.strip()]
     if len(set(names)) != len(names) or len(names) < 2:
-        raise SystemExit(f"error: --labels {args.labels!r}: at least 2 different texts, separated by commas: 'a cat,a dog'")
-    image, eps, rows, results = data.read_image(Path(args.image)), args.eps[0], [], []
+        data.fail(f"--labels {args.labels!r}: at least 2 different texts, separated by commas: 'a cat,a dog'")
+    if args.label and args.label not in names:
+        data.fail(f'--label {args.label}: not one of --labels {args.labels}')
+    args.data, args.split, eps, rows, lines = [args.image], '', args.eps[0], [], []
     for path in args.dirs:
-        classifier = classifier_of(path, device, args).embed_classes(names, lambda name: [name])
-        x = classifier.pixels(image)[None]
+        classifier = Classifier(path, args.device).embed_classes(names, ['{c}'])
+        x = classifier.pixels(data.read_image(Path(args.image)))[None]
         with torch.no_grad():
-            y = torch.tensor([names.index(args.label)], device=device) if args.label in names else classifier(x).argmax(1)
-            if args.label and args.label not in names:
-                raise SystemExit(f'error: --label {args.label}: not one of --labels {args.labels}')
-        with progress(args, rank, 1, Path(path).name) as bar:
-            def logits(images: Tensor, rows: Tensor) -> Tensor:
-                bar.update(len(images))
-                return classifier(images)
-            x_adv = attack(args.attack, logits, x, y, eps / 255, [0], args.seed, args.batch_size) if args.attack != 'none' else x
-            bar.update(bar.total - bar.n)
-        with torch.no_grad():
-            before, after = (classifier(z)[0].softmax(0).tolist() for z in (x, x_adv))
-        seen = [names[max(range(len(names)), key=p.__getitem__)] for p in (before, after)]
-        broken = seen[1] != names[int(y)]
-        results.append({'dir': str(path), 'label': names[int(y)], 'clean': dict(zip(names, before)), f'adv_{eps:g}': dict(zip(names, after)),
-                        'broken': broken})
-        say(f'{path}: probability in % (softmax of 100·cos), attacked away from “{names[int(y)]}”, ε = {eps:g}/255, {ATTACKS[args.attack][0]}: '
-            + ('the prediction changes' if broken else 'the prediction stands'))
-        table(['label', 'clean', f'ε = {eps:g}'], [[n, percent(p), percent(q)] for n, p, q in zip(names, before, after)])
-        rows.append([(x[0], f'{Path(path).name}: {seen[0]}'), ((x_adv - x)[0] / (2 * eps / 255) + .5, f'δ, ε = {eps:g}/255, scaled to gray ± 1/2'),
-                     (x_adv[0], f'x + δ: {seen[1]}')])
-    pictures(Path(args.plot), rows, Path(args.image).name)
-    say(f'picture: {args.plot}')
-    return {'n': 1, 'image': args.image, 'results': results}
+            label = torch.tensor([names.index(args.label)]) if args.label else classifier(x).argmax(1)
+        x_adv, seen = attack(args, classifier, Images([0], x, label.to(x.device)), eps / 255), []
+        for radius, z in ((0.0, x), (eps, x_adv)):
+            with torch.no_grad():
+                p = classifier(z)[0].softmax(0).tolist()
+            seen.append(names[p.index(max(p))])
+            for name, q in zip(names, p):
+                rows.append(row(about(args, path, radius, label=name), 'probability', q, 1))
+        stands = 'stands' if seen[1] == names[int(label)] else 'changes'
+        say(args, f'{path}: attacked away from “{names[int(label)]}”: the prediction {stands}')
+        lines.append([(x[0], f'{Path(path).name}: {seen[0]}'), *changed(x[0], x_adv[0], eps, seen[1])])
+    if args.rank == 0:
+        pictures(Path(args.plot), lines, Path(args.image).name)
+    title = f'{args.image}: probability in %, softmax of 100·cos; {attack_text(args)}; picture: {args.plot}'
+    return Report(rows, [], title, ['model', 'label'], 'eps')
 
 
-# ============================================================================================== a LLaVA, and what it answers
-@dataclass
-class Asked:
-    """A question about an image, and the attacks on its answer."""
-    number: int
-    image: Path
-    question: str
-    rounds: list[tuple[str, str | None]]  # ('away' from | 'towards', a text; None: from what it says then, unless a round named that),
-                                          # or ('again', ''): from the worst image so far, in full precision
-    score: Callable[[str], float]   # of an answer; the attack wants it low
-
-
+# ======================================================================================= what a LLaVA answers
 class Answerer:
-    """A LLaVA, asked about images; or a language model alone, which is asked and shown nothing (the "no image" row)."""
+    """A LLaVA, or a language model alone, and how it is asked. Answers are greedy."""
 
     def __init__(self, path: str, device: torch.device, max_new: int, batch_size: int, style: str = ''):
-        self.path, self.device, self.max_new, self.batch_size, self.blind = path, device, max_new, batch_size, False
-        if llava_adv.is_llava(path) or clip_adv.model_type(data.locate(path)) in (None, 'clip'):
-            self.model, self.tokenizer = llava_adv.load_llava(path)
-            self.model.to(device).requires_grad_(False)
-            self.image_tokens, self.fit = self.model.image_tokens, llava_adv.fit(self.model)
-        else:
+        self.device, self.max_new, self.batch_size = device, max_new, batch_size
+        self.blind = not llava_adv.is_llava(path) and data.model_type(data.locate(path)) not in (None, 'clip')
+        if self.blind:  # it is shown nothing: the "no image" row
             llm, self.tokenizer = llava_adv.load_llm(path, torch.float32)
             llm.to(device).requires_grad_(False)
-            self.model = SimpleNamespace(llm=llm, embed=lambda images, ids: llm.model.embed_tokens(ids), ends=llava_adv.ends_of(llm, self.tokenizer))
-            self.blind, self.image_tokens = True, 0
-        self.prompt = llava_adv.Prompt(self.tokenizer, llava_adv.prompt_style(style or getattr(self.model, 'style', ''), self.tokenizer), self.image_tokens, 1 << 30)
+            self.model = SimpleNamespace(llm=llm, embed=lambda images, ids: llm.model.embed_tokens(ids))
+        else:
+            self.model, self.tokenizer = llava_adv.load_llava(path)
+            self.model.to(device).requires_grad_(False)
+            style = style or self.model.style
+        image_tokens = 0 if self.blind else self.model.image_tokens
+        style = data.prompt_style(style, self.tokenizer)
+        self.prompt = data.Prompt(self.tokenizer, style, image_tokens, max_length=1 << 30)
 
     def pixels(self, file: Path) -> Tensor:
-        """→ float32 [3, S, S] in [0, 1]: the pixels that the attack may change."""
+        """→ float32 [3, S, S] in [0, 1]: the pixels that the attack may change"""
         if self.blind:
             return torch.zeros(3, 1, 1)
-        return self.fit(data.read_image(file)).to(self.device).float() / 255
+        return self.model.fit(data.read_image(file)).to(self.device).float() / 255
 
     def ids(self, question: str, answer: str | None = None) -> tuple[list[int], list[bool]]:
         return self.prompt.encode([(question if self.blind else f'{data.IMAGE}\n{question}', answer)])
 
     def answer(self, x: Tensor, questions: list[str]) -> list[str]:
-        """Greedy answers.   x: [n, 3, S, S]"""
-        out, order = [''] * len(questions), sorted(range(len(questions)), key=lambda i: len(questions[i]))  # equal lengths together
-        for part in chunks(order, self.batch_size):
+        """x: [n, 3, S, S], the image of each question"""
+        answers = [''] * len(questions)
+        by_length = sorted(range(len(questions)), key=lambda i: len(questions[i]))
+        for part in chunks(by_length, self.batch_size):
             prompts = [self.ids(questions[i])[0] for i in part]
-            for i, tokens in zip(part, llava_adv.generate(self.model, x[part], prompts, self.max_new, self.model.ends)):
-                out[i] = self.tokenizer.decode(tokens)
-        return out
+            said = llava_adv.generate(self.model, x[part], prompts, self.max_new, self.tokenizer.ends)
+            for i, tokens in zip(part, said):
+                answers[i] = self.tokenizer.decode(tokens)
+        return answers
 
     def watched(self, question: str, said: str, sample: data.Sample) -> list[int]:
-        """For each supervised token of the sample: the one that the model would say there if it still said `said`; −1: cannot be known.
+        """For each supervised token of the sample: what the model would say if it still said `said`; or −1.
 
-        What is predicted behind a text tells what the model says as long as it would have said that text: up to the first difference.
+        What is predicted behind a text tells what the model says as long as it would have said that text:
+        up to the first difference. Behind it nothing is known.
         """
         own, _ = self.ids(question, said)
-        known = next((k for k, (a, b) in enumerate(zip(own, sample.ids)) if a != b), min(len(own), len(sample.ids)) - 1)
+        same = [a == b for a, b in zip(own, sample.ids)]
+        known = same.index(False) if False in same else len(same) - 1
         return [own[k] if k <= known else -1 for k, supervised in enumerate(sample.labels) if supervised]
 
-    def worst(self, x: Tensor, asked: list[Asked], eps: float, threshold: float, iterations: int = 100, early: bool = True,
-              tick=lambda n: None) -> tuple[list[str], list[float], Tensor]:
-        """(answers, scores, images [n, 3, S, S]) of the worst images that the rounds find; a sample leaves once its score is at most
-        `threshold`.   METHOD.md, evaluation; RobustVLM's ensembles: APGD without random start, first step ε.
 
-        eps: in [0, 1] units.  early: looks at the answer whenever a token of it has changed (see watched), and not after a round only.
-        """
-        texts = self.answer(x, [a.question for a in asked])
-        scores, images = [a.score(t) for a, t in zip(asked, texts)], x.clone()
-        against = [next((goal for goal in a.rounds if goal[0] == 'away'), ('', '')) for a in asked]  # what `again` drives the worst image away from
-        attacked: set[int] = set()
-        kinds = [(number, kind) for number in range(max((len(a.rounds) for a in asked), default=0)) for kind in (('away',), ('again', 'towards'))]
-        for number, kind in kinds:  # one kind at a time, so that a sample's precision does not depend on who is beside it
-            rows = [i for i, a in enumerate(asked) if number < len(a.rounds) and a.rounds[number][0] in kind]
-            over = len(rows)
-            rows = [i for i in rows if scores[i] > threshold]
-            goals = [against[i] if asked[i].rounds[number][0] == 'again' else asked[i].rounds[number] for i in rows]
-            goals = [(way, texts[i] if text is None else text) for i, (way, text) in zip(rows, goals)]
-            new = [n for n, i in enumerate(rows) if asked[i].rounds[number][1] is not None or goals[n] not in asked[i].rounds]
-            rows, goals = [rows[n] for n in new], [goals[n] for n in new]
-            if not rows:
-                tick(over)
-                continue
-            half = self.device.type == 'cuda' and kind == ('away',)
-            start = torch.stack([images[i] if asked[i].rounds[number][0] == 'again' else x[i] for i in rows])
-            samples = [data.Sample(None, *self.ids(asked[i].question, text), 0) for i, (_, text) in zip(rows, goals)]
-            watched = [self.watched(asked[i].question, texts[i], sample) for i, sample in zip(rows, samples)]
-            sign = torch.tensor([1. if way == 'away' else -1. for way, _ in goals], device=self.device)
+class Attacked:
+    """A question under attack: the worst that was found so far, and what the present round tries."""
 
-            def loss(z: Tensor, idx: Tensor) -> tuple[Tensor, Tensor]:
-                names = idx.tolist()
-                batch = llava_adv.collate([samples[n] for n in names], self.tokenizer.pad).to(self.device)
-                with torch.autocast(self.device.type, torch.bfloat16, enabled=half):
-                    logits = self.model.logits(z, batch)
-                # in float64: in float32 the loss of a sure answer is exactly 0, and so is its gradient
-                value = torch.nn.functional.cross_entropy(logits.double(), batch.targets, reduction='none').float()
-                value = value.new_zeros(len(names)).index_add(0, batch.rows, value)
-                done = torch.zeros(len(names), dtype=torch.bool, device=self.device)
-                if early:
-                    expected = torch.tensor([token for n in names for token in watched[n]], device=self.device)
-                    changed = (expected >= 0) & (logits.argmax(1) != expected)
-                    look = batch.rows[changed].unique().tolist()
-                    if look:
-                        spoken = self.answer(z.detach()[look], [asked[rows[names[row]]].question for row in look])
-                        for row, text in zip(look, spoken):
-                            done[row] = asked[rows[names[row]]].score(text) <= threshold
-                return sign[idx] * value, done
+    def __init__(self, question: 'Question', x: Tensor, text: str):
+        self.question, self.clean, self.image = question, x, x  # [3, S, S]
+        self.text, self.score, self.untouched = text, question.score(text), True
+        away = [goal for goal in question.rounds if goal[0] == 'away']
+        self.driven_from = away[0] if away else None  # where `again` goes on
 
-            found = attacks.apgd(loss, x[rows], eps, start, iterations, first_step=1., batch_size=self.batch_size)
-            attacks.check(x[rows], found.images, eps)
-            spoken = self.answer(found.images, [asked[i].question for i in rows])
-            for n, (i, text) in enumerate(zip(rows, spoken)):
-                score = asked[i].score(text)
-                if score < scores[i] or score == scores[i] and i not in attacked:  # of equals the first stays: the most frequent reference's
-                    scores[i], texts[i], images[i] = score, text, found.images[n]
-                    attacked.add(i)
-                    if goals[n][0] == 'away':
-                        against[i] = goals[n]
-            tick(over)
-        return texts, scores, images
+    def enters(self, number: int, kinds: tuple[str, ...], model: Answerer) -> bool:
+        """Whether it has a round of that number, of these kinds, that is not the same as another one."""
+        rounds = self.question.rounds
+        way, text = rounds[number] if number < len(rounds) else ('', '')
+        if way not in kinds:
+            return False
+        self.start, named = self.image if way == 'again' else self.clean, text is not None
+        way, text = self.driven_from if way == 'again' else (way, text)
+        self.goal = (way, self.text if text is None else text)
+        self.sample = data.Sample(None, *model.ids(self.question.text, self.goal[1]), 0)
+        self.watched = model.watched(self.question.text, self.text, self.sample)
+        return named or self.goal not in rounds
+
+    def take(self, image: Tensor, text: str) -> None:
+        """What a round found, if it is worse. Of equals the first stays: of the most frequent reference."""
+        score = self.question.score(text)
+        if score < self.score or (score == self.score and self.untouched):
+            self.image, self.text, self.score, self.untouched = image, text, score, False
+            self.driven_from = self.goal if self.goal[0] == 'away' else self.driven_from
 
 
-def asked_and_attacked(args, rank: int, world: int, device: torch.device, asked: list[Asked], threshold: float, name: str, path: str,
-                       early: bool = True) -> tuple[dict, dict]:
-    """{ε: {number: (answer, score)}}, clean as ε = 0; and on rank 0 {ε: x_adv [3, S, S]} of the first question's image."""
-    model = Answerer(path, device, args.max_new, args.batch_size, args.prompt)
-    radii = [] if model.blind or args.attack == 'none' else args.eps
-    found, first, mine = {eps: {} for eps in [0., *radii]}, {}, asked[rank::world]
-    rounds = max(len(a.rounds) for a in asked)
-    with tqdm(total=len(mine) * (1 + len(radii) * rounds), desc=f'{Path(path).name} {name}', unit='question × round', disable=args.quiet or rank > 0,
-              mininterval=.5 if sys.stderr.isatty() else 60) as bar:
-        for pool in chunks(mine, 8 * args.batch_size):  # several batches, so that they stay full when samples leave
-            x = torch.stack([model.pixels(a.image) for a in pool])
-            texts = model.answer(x, [a.question for a in pool])
-            found[0.] |= {a.number: (t, a.score(t)) for a, t in zip(pool, texts)}
-            first.setdefault(0., x[0].cpu())
-            bar.update(len(pool))
-            for eps in radii:
-                texts, scores, worst = model.worst(x, pool, eps / 255, threshold, args.iterations, early, bar.update)
-                found[eps] |= {a.number: (t, s) for a, t, s in zip(pool, texts, scores)}
-                first.setdefault(eps, worst[0].cpu())
-                bar.update(sum(rounds - len(a.rounds) for a in pool))
-    parts = gather(found)
-    return {eps: {n: v for part in parts for n, v in part[eps].items()} for eps in found}, first
+@dataclass
+class Answers:
+    """For `measure`: answers, clean and after the rounds of an attack.   outcome: (answer, its score)
 
-
-def questions(args, rank: int, world: int, device: torch.device, found: data.QuestionSet, groups: dict[str, list[int]], score, rounds, title: str,
-              measures: dict) -> dict:
-    """vqa, pope, sqa: the same but for the set, the score of an answer and what is reported.
-
-    groups: name → numbers of questions; n of each are drawn.  score: (answer, question) → [0, 1].  rounds: question → attacks.
-    measures: name → (answers, questions, scores) → fraction.
+    The attack is APGD without a random start, its first step ε, as in RobustVLM's ensembles.
     """
-    groups = {name: draw(numbers, args.n, args.seed) for name, numbers in groups.items()}
+
+    model: Answerer
+    questions: list['Question']
+    iterations: int = 100  # of each round
+    threshold: float = 0.0  # a question leaves once its score is at most this
+    early: bool = True  # looks at an answer whenever a token of it has changed, and not after a round only
+    first: dict[float, Tensor] = field(default_factory=dict)  # {ε: the first image [3, S, S]}
+
+    def load(self, numbers: list[int]) -> tuple:
+        questions = [self.questions[i] for i in numbers]
+        return numbers, torch.stack([self.model.pixels(q.image) for q in questions]), questions
+
+    def judge(self, loaded: tuple, eps: float) -> dict[int, tuple]:
+        numbers, x, questions = loaded
+        found = self.worst(x, questions, eps / 255)
+        self.first.setdefault(eps, found[0].image.cpu())
+        return {i: (a.text, a.score) for i, a in zip(numbers, found)}
+
+    def worst(self, x: Tensor, questions: list['Question'], eps: float) -> list[Attacked]:
+        """x: [n, 3, S, S], the images of the questions.  eps: in [0, 1] units; 0: no attack"""
+        texts = self.model.answer(x, [q.text for q in questions])
+        found = [Attacked(*each) for each in zip(questions, x, texts)]
+        for number in range(max(len(q.rounds) for q in questions) if eps else 0):
+            # one kind at a time, so that a question's precision does not depend on who is beside it
+            for kinds in (('away',), ('again', 'towards')):
+                going = [a for a in found if a.score > self.threshold and a.enters(number, kinds, self.model)]
+                if going:
+                    self.round(going, eps, half=x.is_cuda and kinds == ('away',))
+        return found
+
+    def round(self, going: list[Attacked], eps: float, half: bool) -> None:
+        x, start = torch.stack([a.clean for a in going]), torch.stack([a.start for a in going])
+        loss, how = partial(self.loss, going, half), {'first_step': 1.0, 'batch_size': self.model.batch_size}
+        found = attacks.apgd(loss, x, eps, start, self.iterations, **how).images
+        attacks.check(x, found, eps)
+        for a, image, text in zip(going, found, self.model.answer(found, [a.question.text for a in going])):
+            a.take(image, text)
+
+    def loss(self, going: list[Attacked], half: bool, x: Tensor, idx: Tensor) -> tuple[Tensor, Tensor]:
+        """For attacks.apgd: ±cross-entropy of the text to get away from or to get to; whether it is broken"""
+        going, device = [going[i] for i in idx.tolist()], x.device
+        batch = data.collate([a.sample for a in going], self.model.tokenizer.pad).to(device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=half):
+            logits = self.model.model.logits(x, batch)
+        # in float64: in float32 the loss of a sure answer is exactly 0, and so is its gradient
+        loss = F.cross_entropy(logits.double(), batch.targets, reduction='none').float()
+        loss = loss.new_zeros(len(going)).index_add(0, batch.rows, loss)
+        sign = torch.tensor([1.0 if a.goal[0] == 'away' else -1.0 for a in going], device=device)
+        done = torch.zeros(len(going), dtype=torch.bool, device=device)
+        if self.early:
+            expected = torch.tensor([token for a in going for token in a.watched], device=device)
+            changed = batch.rows[(expected >= 0) & (logits.argmax(1) != expected)].unique().tolist()
+            said = self.model.answer(x.detach()[changed], [going[i].question.text for i in changed])
+            for i, text in zip(changed, said):
+                done[i] = going[i].question.score(text) <= self.threshold
+        return sign * loss, done
+
+
+def ask(args, path: str, questions: list['Question'], numbers: list[int], **how) -> tuple[dict, dict]:
+    """({ε: {number: (answer, score)}}, {ε: first image}); of a language model alone there is no ε but 0"""
+    task = Answers(Answerer(path, args.device, args.max_new, args.batch_size, args.prompt), questions, **how)
+    levels = [0.0] if task.model.blind else [0.0, *args.eps]
+    return measure(args, task, numbers, levels, f'{Path(path).name} {args.command}'), task.first
+
+
+# ----------------------------------------------------------------------------------- questions with an answer
+def quiz(args, title: str, questions: list['Question'], groups: dict[str, list[int]], score) -> Report:
+    """groups: name → numbers of questions, --n of each are drawn.  score: (answer, references) → [0, 1]"""
+    groups = {group: draw(numbers, args.n, args.seed) for group, numbers in groups.items()}
     if not all(groups.values()):
-        raise SystemExit(f'error: --data {args.data[0]}, split {args.split}: no question is left')
-    numbers = sorted({i for of in groups.values() for i in of})
-    of = lambda i: found.questions[i]
-    asked = [Asked(i, of(i).image, of(i).question, rounds(of(i)), lambda text, i=i: score(text, of(i))) for i in numbers]
-    results = []
+        data.fail(f'--data {args.data[0]}, split {args.split}: no question is left')
+    numbers, rows, outcomes = sorted(set(sum(groups.values(), []))), [], []
+    for q in (questions[i] for i in numbers):
+        away = [('away', answer) for answer, _ in Counter(q.answers).most_common(5)]
+        towards = [('towards', answer) for answer in q.towards]
+        q.rounds = [*away, ('away', None), ('again', ''), *towards]
+        q.score = partial(score, references=q.answers)
     for path in args.dirs:
-        record, _ = asked_and_attacked(args, rank, world, device, asked, 0., args.command, path)
-        for group, members in groups.items():
-            row = {'dir': path, 'data': args.data[0], 'questions': group, 'n': len(members)}
-            for name, measure in measures.items():
-                value = {eps: measure([record[eps][i][0] for i in members], [of(i) for i in members], [record[eps][i][1] for i in members]) for eps in record}
-                row |= {f'clean_{name}': value[0.], f'adv_{name}': {f'{eps:g}': value[eps] for eps in value if eps}}
-            row['answers'] = {f'{eps:g}': {of(i).name: record[eps][i][0] for i in members} for eps in record}
-            results.append(row)
-    if rank == 0:
-        say(f'{title}, split {args.split}; {answer_attack_text(args)}; {found.note}')
-        at = lambda r, name, eps: percent(r[f'adv_{name}'][eps]) if eps else percent(r[f'clean_{name}'])
-        radii = lambda r, name: ['', *r[f'adv_{name}']]  # none of a language model alone
-        if len(measures) == 1:
-            name, = measures
-            table([name, 'questions', 'n', 'clean', *(f'ε = {eps:g}' for eps in args.eps)],
-                  [[r['dir'], r['questions'], str(r['n']), *(at(r, name, eps) for eps in radii(r, name)), *['–'] * (len(args.eps) + 1 - len(radii(r, name)))]
-                   for r in results])
-        else:
-            table(['in %', 'questions', 'n', 'ε', *measures], [[r['dir'], r['questions'], str(r['n']), eps or '0', *(at(r, name, eps) for name in measures)]
-                                                              for r in results for eps in radii(r, next(iter(measures)))])
-    return {'n': len(numbers), 'results': results}
+        found, _ = ask(args, path, questions, numbers, iterations=args.iterations)
+        for group, eps in itertools.product(groups, found):
+            common, those = about(args, path, eps, subset=group), [questions[i] for i in groups[group]]
+            answers, scores = map(list, zip(*(found[eps][i] for i in groups[group])))
+            figures = pope_scores(answers, [q.answers[0] for q in those]) if args.command == 'pope' else {}
+            for name, value in {**figures, 'accuracy': scores}.items():
+                rows.append(row(common, name, value, len(those)))
+            outcomes.append({**common, 'answers': {q.name: answer for q, answer in zip(those, answers)}})
+    title += f', in %, split {args.split}, of {len(questions)} questions; {attack_text(args)}, then targeted'
+    down = ['model', 'subset', 'n', *(['eps'] if figures else [])]
+    return Report(rows, outcomes, title, down, 'measure' if figures else 'eps')
 
 
-def answer_attack_text(args) -> str:
-    if args.attack == 'none':
-        return 'no attack'
-    then = '' if args.command == 'caption' else ', then targeted'
-    return f"ensemble: APGD {args.iterations} away from each distinct reference, again from the worst image{then}; l∞, ε in 1/255, at the model's resolution"
-
-
-def vqa(args: argparse.Namespace, rank: int, world: int, device: torch.device) -> dict:
-    """VQA accuracy, with the official normalisation of answers. A row for each run and kind of question."""
-    found = data.vqa_set(args.data[0], args.split, args.annotations, args.image_root)
-    place = {id(q): i for i, q in enumerate(found.questions)}
-    groups = {'all': list(range(len(found.questions)))}
+def vqa(args) -> Report:
+    """VQA accuracy, normalised as officially. --data: 'easyvqa', or a questions file of VQAv2 or TextVQA."""
+    questions = vqa_set(args.data[0], args.split, args.annotations, args.image_root)
+    groups = {'all': list(range(len(questions)))}
     if args.data[0] == 'easyvqa':
-        groups = {'what': [i for i, q in enumerate(found.questions) if q.kind == 'what'],
-                  'yes/no, balanced': [place[id(q)] for q in data.balanced(found.questions)], **groups}
-    else:
-        found.questions[:] = [dataclasses.replace(q, question=f'{q.question}\nAnswer the question using a single word or phrase.') for q in found.questions]
-    groups = {name: numbers for name, numbers in groups.items() if not args.questions or name.split(',')[0] in args.questions}
+        what = [i for i, q in enumerate(questions) if q.answers[0] not in ('yes', 'no')]
+        groups = {'what': what, 'yes/no, balanced': balanced(questions), **groups}
+    asked = args.questions or ['what', 'yes/no', 'all']
+    groups = {name: numbers for name, numbers in groups.items() if name.split(',')[0] in asked}
     if not groups:
-        raise SystemExit(f"error: --questions {' '.join(args.questions)}: must be among what, yes/no, all")
-
-    def rounds(q: data.Question) -> list[tuple[str, str | None]]:
-        common = [answer for answer, _ in Counter(q.answers).most_common(5)]
-        return [*(('away', answer) for answer in common), ('away', None), ('again', ''), ('towards', 'maybe'), ('towards', 'Word')]
-    return questions(args, rank, world, device, found, groups, lambda text, q: vqa_accuracy(text, q.answers), rounds, 'VQA accuracy in %',
-                     {'accuracy': lambda answers, asked, scores: mean(scores)})
+        data.fail(f"--questions {' '.join(args.questions)}: must be among what, yes/no, all")
+    return quiz(args, 'VQA accuracy', questions, groups, vqa_accuracy)
 
 
-def pope(args: argparse.Namespace, rank: int, world: int, device: torch.device) -> dict:
-    """Hallucination: is there …? yes or no. Accuracy, precision, recall, F1 and how often the answer is yes."""
-    found = data.pope_set(args.data[0], args.split, args.image_root)
-    other = {'yes': 'no', 'no': 'yes'}
-    measure = lambda key: lambda answers, asked, scores: pope_scores(answers, [q.answers[0] for q in asked])[key]
-    return questions(args, rank, world, device, found, {'yes/no': list(range(len(found.questions)))},
-                     lambda text, q: pope_scores([text], q.answers)['accuracy'],
-                     lambda q: [('away', q.answers[0]), ('away', None), ('again', ''), ('towards', other[q.answers[0]])], 'POPE, in %',
-                     {key: measure(key) for key in ('f1', 'accuracy', 'precision', 'recall', 'yes_rate')})
+def pope(args) -> Report:
+    """Hallucination: is there …? F1, how often the answer is yes, … --data: 'easyvqa', or a file of POPE."""
+    questions = pope_set(args.data[0], args.split, args.image_root)
+    return quiz(args, 'POPE', questions, {'yes/no': list(range(len(questions)))}, pope_accuracy)
 
 
-def sqa(args: argparse.Namespace, rank: int, world: int, device: torch.device) -> dict:
-    """ScienceQA, the questions with an image: is the letter of the answer right?"""
-    found = data.sqa_set(args.data[0], args.split, args.image_root)
-    letters = lambda q: [c for c in 'ABCDEFGHIJ' if f'({c}) ' in q.question.rpartition('\nOptions: ')[2]]
-    return questions(args, rank, world, device, found, {'all': list(range(len(found.questions)))},
-                     lambda text, q: float(option_letter(text) == q.answers[0]),
-                     lambda q: [('away', q.answers[0]), ('away', None), ('again', ''), *(('towards', other) for other in letters(q) if other != q.answers[0])],
-                     'ScienceQA, accuracy in %', {'accuracy': lambda answers, asked, scores: mean(scores)})
+def sqa(args) -> Report:
+    """ScienceQA, questions with an image. --data: a folder with problems.json and pid_splits.json."""
+    questions = sqa_set(args.data[0], args.split, args.image_root)
+    return quiz(args, 'ScienceQA', questions, {'all': list(range(len(questions)))}, letter_accuracy)
 
 
-def caption(args: argparse.Namespace, rank: int, world: int, device: torch.device) -> dict:
-    """CIDEr-D × 100 of captions; on easyvqa also how many name the right colour and shape. --targeted: forced sentences instead."""
-    found = data.references(args.data[0], args.split, args.image_root)
-    numbers = draw(list(range(len(found.images))), args.n, args.seed)
+# --------------------------------------------------------------------------------------------------- captions
+def caption(args) -> Report:
+    """CIDEr-D × 100 of captions, or forced sentences. --data: 'easyvqa', or Karpathy's or COCO's captions."""
+    images = draw(reference_set(args.data[0], args.split, args.image_root), args.n, args.seed)
     if args.targeted:
-        return targeted(args, rank, world, device, found, numbers)
-    cider = Cider([found.captions[i] for i in numbers])
-    place = {i: n for n, i in enumerate(numbers)}
-    asked = [Asked(i, found.images[i], data.CAPTION_QUESTION, [*(('away', c) for c in dict.fromkeys(found.captions[i][:5])), ('again', '')],
-                   lambda text, i=i: cider.score(place[i], text)) for i in numbers]
-    facts = data.easyvqa_split(args.split)[0] if args.data[0] == 'easyvqa' else {}
-    fact_of = {i: facts[int(found.images[i].stem)] for i in numbers} if facts else {}
-
-    def measured(captions: dict[int, str]) -> dict:
-        row = {'cider': mean([cider.score(place[i], captions[i]) for i in numbers])}
-        if fact_of:
-            right = [names_facts(captions[i], *fact_of[i]) for i in numbers]
-            row |= {'colour': mean([c for c, _ in right]), 'shape': mean([s for _, s in right]), 'both': mean([c and s for c, s in right])}
-        return row
-    results, header = [], ['captions', 'ε', 'CIDEr', *(['right colour', 'right shape', 'both'] if fact_of else [])]
+        return targeted(args, images)
+    cider, numbers, rows, outcomes = Cider([q.answers for q in images]), list(range(len(images))), [], []
+    for i, q in enumerate(images):
+        q.rounds = [*(('away', text) for text in dict.fromkeys(q.answers[:5])), ('again', '')]
+        q.score = partial(cider.score, i)
+    how = {'iterations': args.iterations, 'threshold': args.threshold / 100, 'early': False}
     for path in args.dirs:
-        record, _ = asked_and_attacked(args, rank, world, device, asked, args.threshold / 100, 'caption', path, early=False)
-        row = {'dir': path, 'data': args.data[0], 'n': len(numbers)}
-        for eps in record:
-            row['clean' if eps == 0 else f'adv_{eps:g}'] = measured({i: record[eps][i][0] for i in numbers})
-        row['captions'] = {f'{eps:g}': {found.names[i]: record[eps][i][0] for i in numbers} for eps in record}
-        results.append(row)
-    shift = numbers[1:] + numbers[:1]  # another image's
-    bounds = {'a reference of the image': measured({i: found.captions[i][0] for i in numbers}),
-              "a reference of another image": measured({i: found.captions[j][0] for i, j in zip(numbers, shift)})}
-    if rank == 0:
-        say(f'captions, CIDEr-D × 100 and facts in %, split {args.split}, n = {len(numbers)}; {answer_attack_text(args)}; a caption is dropped below '
-            f'CIDEr {args.threshold:g}; {found.note}')
-        table(header, [[r['dir'], '0' if key == 'clean' else key[4:], *map(percent, r[key].values())] for r in results for key in r
-                       if key == 'clean' or key.startswith('adv_')] + [[name, '–', *map(percent, values.values())] for name, values in bounds.items()])
-    return {'n': len(numbers), 'results': results, 'bounds': bounds}
+        for eps, found in ask(args, path, images, numbers, **how)[0].items():
+            common, captions = about(args, path, eps), [found[i][0] for i in numbers]
+            rows += caption_rows(common, images, captions)
+            outcomes.append({**common, 'captions': {q.name: text for q, text in zip(images, captions)}})
+    shifted = images[1:] + images[:1]  # what can be reached, and what is reached without looking:
+    for model, those in (('a reference of the image', images), ('a reference of another image', shifted)):
+        rows += caption_rows(about(args, model, 0.0), images, [q.answers[0] for q in those])
+    title = f'captions, CIDEr-D × 100 and facts in %, split {args.split}, n = {len(images)}; '
+    title += f'{attack_text(args)}; a caption is dropped below CIDEr {args.threshold:g}'
+    return Report(rows, outcomes, title, ['model', 'eps'], 'measure')
 
 
-def targeted(args, rank: int, world: int, device: torch.device, found: data.ReferenceSet, numbers: list[int]) -> dict:
-    """Can the image be made to say a sentence of the attacker's choice? Success: the sentence is in the caption."""
-    results, shown = [], []
+def caption_rows(common: dict, images: list['Question'], captions: list[str]) -> list[dict]:
+    values = {'CIDEr': [q.score(text) for q, text in zip(images, captions)]}
+    if images[0].facts:
+        named = [names_facts(text, *q.facts) for q, text in zip(images, captions)]
+        colours, shapes = map(list, zip(*named))
+        values |= {'right colour': colours, 'right shape': shapes, 'both': [all(two) for two in named]}
+    return [row(common, name, value) for name, value in values.items()]
+
+
+def targeted(args, images: list['Question']) -> Report:
+    """Can a sentence of the attacker's choice be forced? Success: the sentence is in the caption."""
+    numbers, rows, outcomes, lines = list(range(len(images))), [], [], []
+    for path, sentence in itertools.product(args.dirs, args.targeted):
+        for q in images:
+            q.rounds, q.score = [('towards', sentence)], partial(lacks, sentence)
+        found, first = ask(args, path, images, numbers, iterations=args.iterations)
+        for eps, of in found.items():
+            common = about(args, path, eps, sentence=sentence)
+            rows.append(row(common, 'forced', [of[i][1] == 0 for i in numbers]))
+            outcomes.append({**common, 'captions': {q.name: of[i][0] for i, q in enumerate(images)}})
+        if args.grid and len(found) > 1:
+            x = data.TF.pil_to_tensor(data.read_image(images[0].image)) / 255
+            lines.append([(x, f'{Path(path).name}: {found[0.0][0][0]}')])
+            for eps in args.eps:
+                lines[-1] += changed(first[0.0], first[eps], eps, found[eps][0][0]) if args.rank == 0 else []
+    if lines and args.rank == 0:
+        pictures(Path(args.grid), lines, 'targeted captions')
+    title = f'sentences forced into captions, in %, split {args.split}, n = {len(images)}; '
+    title += f'APGD {args.iterations} towards the sentence, l∞, ε in 1/255'
+    return Report(rows, outcomes, title, ['model', 'sentence'], 'eps')
+
+
+# ====================================================================================================== audit
+def audit(args) -> Report:
+    """Is it robust, or are gradients masked? Exit code 1 if a check fails. DIR, --data: as for zeroshot."""
+    images, eps, rows = load_set(args.data[0], args), args.eps[0], []
+    numbers = sample(images.n, args.data[0], args)
+    if len(numbers) < args.world:
+        data.fail(f'--n {args.n}: {len(numbers)} images for {args.world} processes; each needs one at least')
     for path in args.dirs:
-        row = {'dir': path, 'data': args.data[0], 'n': len(numbers), 'success': {}}
-        for text in args.targeted:
-            asked = [Asked(i, found.images[i], data.CAPTION_QUESTION, [('towards', text)], lambda said, text=text: float(text.lower() not in said.lower()))
-                     for i in numbers]
-            record, image = asked_and_attacked(args, rank, world, device, asked, 0., f'“{text}”', path)
-            row['success'][text] = {f'{eps:g}': mean([record[eps][i][1] == 0 for i in numbers]) for eps in record}
-            if rank == 0 and args.grid:
-                first = numbers[0]
-                x = data.TF.pil_to_tensor(data.read_image(found.images[first])) / 255
-                shown.append([(x, f'{Path(path).name}: {record[0.][first][0]}')])
-                for eps in [e for e in record if e]:
-                    shown[-1] += [((image[eps] - image[0.]) / (2 * eps / 255) + .5, f'δ, ε = {eps:g}/255'),
-                                  (image[eps], f'x + δ: {record[eps][first][0]}')]
-        results.append(row)
-    if rank == 0:
-        radii = sorted({eps for r in results for rates in r['success'].values() for eps in rates}, key=float)  # of an LLM alone: 0
-        say(f'targeted captions: success rate in % (the sentence is in the caption), split {args.split}, n = {len(numbers)}; APGD {args.iterations} towards '
-            f'the sentence, l∞, ε in 1/255; ε = 0: unperturbed')
-        table(['model', 'sentence', *(f'ε = {eps}' for eps in radii)],
-              [[r['dir'], text, *(percent(rates[eps]) if eps in rates else '–' for eps in radii)] for r in results for text, rates in r['success'].items()])
-        if args.grid:
-            shown = [row for row in shown if len(row) == max(map(len, shown))]
-            pictures(Path(args.grid), shown, 'targeted captions')
-    return {'n': len(numbers), 'results': results}
+        here = os.path.realpath(path)  # no attack is transferred from a model to itself
+        others = [p for p in [*args.dirs, *args.transfer_from] if os.path.realpath(p) != here]
+        model, *source = (Classifier(p, args.device, args.native) for p in [path, *others[:1]])
+        for each in (model, *source):
+            each.embed_classes(images.classes, images.templates)
+        loaded = ZeroShot(args, model, images).load(numbers[args.rank :: args.world])
+        if len(loaded) > 1:
+            data.fail('--native: audit needs images of one size')
+        checks = Audit(args, model, loaded[0], eps / 255, *source).checks()
+        bar = tqdm(checks, Path(path).name, total=12, disable=args.quiet or args.rank > 0)
+        for name, holds, figure in bar:
+            verdict, value = ('SKIP', None) if holds is None else (('FAIL', 'PASS')[holds], float(holds))
+            common = about(args, path, eps, check=name, verdict=verdict, figure=figure)
+            rows.append(row(common, 'audit', value, len(numbers)))
+    counts = ', '.join(f'{n} checks {verdict}' for verdict, n in Counter(r['verdict'] for r in rows).items())
+    title = f'audit, {args.data[0]} {args.split}, n = {len(numbers)}, ε = {eps:g}/255; figures in % are '
+    title += f'robust accuracies, tolerance 1 point (1 image if n < 100): {counts}'
+    return Report(rows, [], title, ['model', 'check', 'verdict', 'figure'])
 
 
-# ================================================================================================================ audit
-def sources_of(path: str, args: argparse.Namespace) -> list[str]:
-    """The other models, from which attacks are transferred to the one at path. No attack is transferred from a model to itself."""
-    return [other for other in [*args.dirs, *args.transfer_from] if os.path.realpath(other) != os.path.realpath(path)]
+@dataclass
+class Audit:
+    """What holds for an honest model.   Athalye et al. (arXiv 1802.00420), Carlini et al. (1902.06705)"""
 
+    args: argparse.Namespace  # of which seed, batch_size and queries (of Square) are used
+    classifier: Callable  # images [b, 3, h, w] → logits [b, classes]
+    images: Images
+    eps: float  # in [0, 1] units
+    source: Callable | None = None  # another classifier, to transfer from
+    iterations: int = 100
 
-def audit(args: argparse.Namespace, rank: int, world: int, device: torch.device) -> dict:
-    """Is the robustness real? Checks for gradient masking; exit code 1 if one fails."""
-    if args.attack != 'ensemble':
-        raise SystemExit(f'error: --attack {args.attack}: audit compares attacks with each other and has no choice of one')
-    images, eps, results = one_set(args, rank), args.eps[0], []
-    numbers = sample(images.n, args.data[0], args, rank)
-    mine = numbers[rank::world]
-    if len(numbers) < world:
-        raise SystemExit(f'error: --n {args.n}: {len(numbers)} images for {world} processes; each needs one at least')
-    for path in args.dirs:
-        classifier = classifier_of(path, device, args).embed_classes(images.classes, images.prompts)
-        loaded = [images.item(i) for i in mine]
-        if len({image.size for image, _ in loaded}) > 1 and args.native:
-            raise SystemExit('error: --native: audit needs images of one size')
-        x = torch.stack([classifier.pixels(image) for image, _ in loaded])
-        y = torch.tensor([label for _, label in loaded], device=device)
-        sources = sources_of(path, args)
-        source = classifier_of(sources[0], device, args).embed_classes(images.classes, images.prompts) if sources else None
-        with tqdm(total=len(CHECKS), desc=Path(path).name, unit='check', disable=args.quiet or rank > 0) as bar:
-            checks = audit_checks(classifier, x, y, eps / 255, mine, args.seed, args.batch_size, source, bar=bar, queries=args.queries)
-        failed = [c for c in checks if c['verdict'] == 'FAIL']
-        results.append({'dir': str(path), 'data': args.data[0], 'n': len(numbers), 'eps': eps, 'passed': not failed, 'checks': checks})
-        if rank == 0:
-            say(f'audit of {path}: {args.data[0]} {args.split}, n = {len(numbers)}, ε = {eps:g}/255, tolerance 1 point (1 image if n < 100)')
-            table(['check', 'verdict', 'figure (robust accuracy, if in %)'], [[c['check'], c['verdict'], c['figure']] for c in checks])
-            say(f'{path}: ' + (f'{len(failed)} of {len(checks)} checks FAIL: {"; ".join(c["check"] for c in failed)}' if failed else
-                               f'all {sum(c["verdict"] == "PASS" for c in checks)} checks PASS'))
-    return {'n': len(numbers), 'results': results, 'exit': int(any(not r['passed'] for r in results))}
+    def __post_init__(self):
+        self.x, self.y, self.how = self.images.x, self.images.y, {'batch_size': self.args.batch_size}
+        self.rows = torch.arange(len(self.x), device=self.x.device)
+        self.total = sum(gather(len(self.x)))  # on all processes, as shares are
 
+    def checks(self):
+        """Yields (check, whether it holds or None, figure). Each accuracy has random starts of its own."""
+        x, y, eps, slack, p = self.x, self.y, self.eps, max(0.01, 1 / self.total) + 1e-9, percent
+        correct, clean = self.correct(x, y), self.share(self.correct(x, y))
 
-CHECKS = (  # what holds for an honest model; after Athalye et al. 2018 (arXiv 1802.00420) and Carlini et al. 2019 (1902.06705)
-    'deterministic', 'cross-entropy has a gradient', 'gradient agrees with finite differences', 'attack raises the loss',
-    '100 steps not weaker than 20', '5 restarts not weaker than 1', 'many steps not weaker than one', 'random noise hurts less',
-    'Square not stronger than white box', 'transfer not stronger than white box', 'accuracy falls with ε', 'ε = 1 leaves nothing')
+        with torch.no_grad():
+            difference = max(gather(float((self.logits(x) - self.logits(x)).abs().max())))
+        yield 'deterministic', difference == 0, f'the same images twice: logits differ by {difference:.2g}'
 
+        flat = self.gradient(partial(F.cross_entropy, reduction='none'), x).flatten(1).abs().amax(1) == 0
+        stuck = self.share(flat & correct) / max(clean, 1 / self.total)
+        figure = f'exactly 0 in float32 for {p(stuck)} % of the correct images'
+        yield 'cross-entropy has a gradient', stuck <= slack, figure
 
-def audit_checks(logits, x: Tensor, y: Tensor, eps: float, names: list[int], seed: int, batch_size: int, source=None, bar=None,
-                 queries: int = 5000, iterations: int = 100) -> list[dict]:
-    """[{'check', 'figure', 'verdict'}] for a classifier: images [b, 3, h, w] → logits [b, classes].
+        error = self.error_of_differences()
+        yield 'gradient agrees with finite differences', error <= 0.1, f'median relative error {error:.2g}'
 
-    eps: in [0, 1] units.  source: another classifier, for transfer.  Every robust accuracy comes from a run of its own, with
-    its own random starts. The tolerance is 1 point, and 1 image where a point is less than that. Split over ranks, if any.
-    """
-    device = x.device
-    total = sum(gather(len(x)))
-    tolerance = max(.01, 1 / total) + 1e-9
-    checks = []
+        begin, size = self.starts(eps, 'rises'), self.args.batch_size
+        parts = zip(self.rows.split(size), begin.split(size))
+        end = torch.cat([climb(self.classifier, self.images, rows, eps, start) for rows, start in parts])
+        fell = self.share(self.margins(end) <= self.margins(begin))
+        figure = f'PGD leaves {p(fell)} % of the images below their start'
+        yield 'attack raises the loss', fell <= slack, figure
 
-    def share(flags) -> float:
-        """Of all images, on all ranks."""
-        return sum(gather(int(torch.as_tensor(flags).sum()))) / total
+        few = self.under_apgd(eps, 'few steps', max(self.iterations // 5, 1))
+        many = self.under_apgd(eps, 'many steps')
+        yield '100 steps not weaker than 20', many <= few + slack, f'APGD: {p(many)} against {p(few)} %'
+        one, five = self.under_apgd(eps, 'one restart'), self.under_apgd(eps, 'five restarts', restarts=5)
+        yield '5 restarts not weaker than 1', five <= one + slack, f'APGD: {p(five)} against {p(one)} %'
+        single = (x + eps * self.gradient(attacks.margin, x).sign()).clamp(0, 1)
+        fgsm = self.share(correct & self.correct(single, y))
+        yield 'many steps not weaker than one', many <= fgsm + slack, f'APGD {p(many)}, FGSM {p(fgsm)} %'
 
-    def verdict(name: str, ok: bool | None, figure: str) -> None:
-        assert name in CHECKS
-        checks.append({'check': name, 'figure': figure, 'verdict': 'SKIP' if ok is None else 'PASS' if ok else 'FAIL'})
-        if bar is not None:
-            bar.update()
+        white = self.under_ensemble()
+        noisy = self.share(correct & self.correct(self.starts(eps, 'noise'), y))
+        yield 'random noise hurts less', white <= noisy + slack, f'ensemble {p(white)}, noise {p(noisy)} %'
+        square = self.under_square(correct.nonzero()[:, 0])
+        figure = f'ensemble {p(white)}, Square {p(square)} %'
+        yield 'Square not stronger than white box', white <= square + slack, figure
+        holds, figure = None, 'no other run was given; name a second DIR, or --transfer_from DIR'
+        if self.source:
+            transfer = self.share(correct & self.correct(self.transferred(), y))
+            holds, figure = white <= transfer + slack, f'ensemble {p(white)}, transfer {p(transfer)} %'
+        yield 'transfer not stronger than white box', holds, figure
+
+        at_radius = [self.under_apgd(min(f * eps, 1.0), f'radius {f}') for f in (0.5, 1, 2, 4)]
+        falls = all(b <= a + slack for a, b in zip([clean, *at_radius], at_radius))
+        figure = f'APGD at ε/2, ε, 2 ε, 4 ε: {", ".join(map(p, at_radius))} %'
+        yield 'accuracy falls with ε', falls, figure
+        everything = self.under_apgd(1.0, 'everything')
+        yield 'ε = 1 leaves nothing', everything <= slack, f'APGD: {p(everything)} %'
+
+    def share(self, flags: Tensor) -> float:
+        return sum(gather(int(flags.sum()))) / self.total
+
+    def logits(self, x: Tensor) -> Tensor:
+        return torch.cat([self.classifier(part) for part in x.split(self.args.batch_size)])
 
     @torch.no_grad()
-    def correct(images: Tensor, labels: Tensor = y) -> Tensor:
-        return torch.cat([logits(a).argmax(1) == b for a, b in zip(images.split(batch_size), labels.split(batch_size))])
+    def correct(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.logits(x).argmax(1) == y
 
-    def starts(radius: float, purpose: str) -> Tensor:
-        return attacks.random_start(x, radius, [data.generator(seed, f'audit {purpose}', i) for i in names])
+    @torch.no_grad()
+    def margins(self, x: Tensor) -> Tensor:
+        return attacks.margin(self.logits(x), self.y)
 
-    def loss(images: Tensor, idx: Tensor) -> tuple[Tensor, Tensor]:
-        z = logits(images)
-        return attacks.margin(z, y[idx]), z.argmax(1) != y[idx]
+    def noise(self, purpose: str, row: int) -> torch.Generator:
+        return data.generator(self.args.seed, f'audit {purpose}', self.images.numbers[row])
 
-    def under_apgd(radius: float, purpose: str, steps: int = iterations, restarts: int = 1) -> float:
-        standing = correct(x)
+    def starts(self, eps: float, purpose: str) -> Tensor:
+        return attacks.random_start(self.x, eps, [self.noise(purpose, row) for row in range(len(self.x))])
+
+    def margin_of(self, rows: Tensor, z: Tensor, idx: Tensor) -> tuple[Tensor, Tensor]:
+        """For an attack on these rows: (margin, whether the prediction is wrong)"""
+        logits, label = self.classifier(z), self.y[rows[idx]]
+        return attacks.margin(logits, label), logits.argmax(1) != label
+
+    def never_done(self, classifier, loss, z: Tensor, idx: Tensor) -> tuple[Tensor, Tensor]:
+        """For an attack that goes on to the highest loss.   loss: (logits, labels) → [b]"""
+        return loss(classifier(z), self.y[idx]), self.y[idx] < 0
+
+    def gradient(self, loss, x: Tensor) -> Tensor:
+        of = partial(self.never_done, self.classifier, loss)
+        return attacks.evaluate(of, x, self.rows, self.args.batch_size)[2]
+
+    def error_of_differences(self) -> float:
+        """Median error of f(x + hv) − f(x − hv) ≈ 2h⟨∇f, v⟩ at a random point of the ball, v ~ U(−1, 1)."""
+        at, h = self.starts(self.eps, 'differences').clamp(0.002, 0.998), 0.001
+        draws = [self.noise('direction', row) for row in range(len(self.x))]
+        v = torch.stack([torch.rand(self.x.shape[1:], generator=g) for g in draws]).to(self.x) * 2 - 1
+        slope = (self.gradient(attacks.margin, at) * v).flatten(1).sum(1)
+        measured = (self.margins(at + h * v) - self.margins(at - h * v)) / (2 * h)
+        error = (slope - measured).abs() / torch.maximum(slope.abs(), measured.abs()).clamp(min=1e-12)
+        error = torch.where((slope == 0) & (measured == 0), 1.0, error)  # 0 against 0 counts as wrong
+        return float(torch.tensor(sum(gather(error.tolist()), [])).median())
+
+    def under_apgd(self, eps: float, purpose: str, steps: int = 0, restarts: int = 1) -> float:
+        standing, steps = self.correct(self.x, self.y), steps or self.iterations
         for restart in range(restarts):
-            rows = standing.nonzero()[:, 0]
+            rows, start = standing.nonzero()[:, 0], self.starts(eps, f'{purpose} {restart}')
             if len(rows):
-                found = attacks.apgd(lambda z, idx: loss(z, rows[idx]), x[rows], radius, starts(radius, f'{purpose} {restart}')[rows],
-                                     steps, batch_size=batch_size)
-                attacks.check(x[rows], found.images, radius)
-                standing[rows] = correct(found.images, y[rows])
-        return share(standing)
+                x, loss = self.x[rows], partial(self.margin_of, rows)
+                found = attacks.apgd(loss, x, eps, start[rows], steps, **self.how).images
+                attacks.check(x, found, eps)
+                standing[rows] = self.correct(found, self.y[rows])
+        return self.share(standing)
 
-    def gradient_of(measure, images: Tensor) -> Tensor:
-        return attacks.evaluate(lambda z, idx: (measure(logits(z), y[idx]), y[idx] < 0), images, torch.arange(len(images), device=device), batch_size)[2]
+    def under_ensemble(self) -> float:
+        def noise(restart: int, row: int) -> torch.Generator:
+            return self.noise(f'ensemble {restart}', row)
 
-    with torch.no_grad():
-        difference = max(gather(max([float((logits(a) - logits(a)).abs().max()) for a in x.split(batch_size)], default=0.)))
-    verdict('deterministic', difference == 0, f'the same images twice: logits differ by {difference:.2g}')
+        how = {'iterations': self.iterations, **self.how}
+        return self.share(~attacks.ensemble(self.classifier, self.x, self.y, self.eps, noise, **how).done)
 
-    flat = gradient_of(lambda z, label: torch.nn.functional.cross_entropy(z, label, reduction='none'), x).flatten(1).abs().amax(1) == 0
-    clean = share(correct(x))
-    stuck = share(flat & correct(x)) / max(clean, 1 / total)
-    verdict('cross-entropy has a gradient', stuck <= tolerance, f'exactly 0 in float32 for {percent(stuck)} % of the correct images')
+    def under_square(self, rows: Tensor) -> float:
+        noise, loss = [self.noise('square', row) for row in rows.tolist()], partial(self.margin_of, rows)
+        how = {'queries': self.args.queries, **self.how}
+        return self.share(~attacks.square(loss, self.x[rows], self.eps, noise, **how).done if noise else rows)
 
-    # f(x + hv) − f(x − hv) against 2h⟨∇f, v⟩, at a random point of the ball, v ~ U(−1, 1); 0 against 0 counts as wrong
-    at, h = starts(eps, 'differences').clamp(.002, .998), .001
-    v = torch.stack([torch.rand(x.shape[1:], generator=data.generator(seed, 'audit direction', i)) for i in names]).to(x) * 2 - 1
-    slope = (gradient_of(attacks.margin, at) * v).flatten(1).sum(1)
-    value = lambda images: torch.cat([attacks.margin(logits(a), b) for a, b in zip(images.split(batch_size), y.split(batch_size))])
-    with torch.no_grad():
-        measured = (value(at + h * v) - value(at - h * v)) / (2 * h)
-    error = (slope - measured).abs() / torch.maximum(slope.abs(), measured.abs()).clamp(min=1e-12)
-    error = torch.where((slope == 0) & (measured == 0), 1., error)
-    median = float(torch.tensor([e for part in gather(error.tolist()) for e in part]).median())
-    verdict('gradient agrees with finite differences', median <= .1, f'median relative error {median:.2g}')
-
-    begin = starts(eps, 'rises')
-    end = torch.cat([attacks.pgd(lambda z: attacks.margin(logits(z), b).sum(), a, eps, eps / 10, PGD_STEPS, s) for a, b, s in
-                     zip(x.split(batch_size), y.split(batch_size), begin.split(batch_size))])
-    with torch.no_grad():
-        fell = share(value(end) <= value(begin))
-    verdict('attack raises the loss', fell <= tolerance, f'PGD leaves {percent(fell)} % of the images below their start')
-
-    few, many = under_apgd(eps, 'few steps', max(iterations // 5, 1)), under_apgd(eps, 'many steps')
-    verdict('100 steps not weaker than 20', many <= few + tolerance, f'APGD: {percent(many)} against {percent(few)} %')
-    one, five = under_apgd(eps, 'one restart'), under_apgd(eps, 'five restarts', restarts=5)
-    verdict('5 restarts not weaker than 1', five <= one + tolerance, f'APGD: {percent(five)} against {percent(one)} %')
-    single = (x + eps * gradient_of(attacks.margin, x).sign()).clamp(0, 1)
-    fgsm = share(correct(single) & correct(x))
-    verdict('many steps not weaker than one', many <= fgsm + tolerance, f'APGD {percent(many)}, FGSM {percent(fgsm)} %')
-
-    found = attacks.ensemble(lambda images, rows: logits(images), x, y, eps, lambda restart, row: data.generator(seed, f'audit ensemble {restart}', names[row]),
-                             iterations=iterations, batch_size=batch_size)
-    white = share(~found.done)
-    noisy = share(correct(x) & correct(starts(eps, 'noise')))
-    verdict('random noise hurts less', white <= noisy + tolerance, f'ensemble {percent(white)}, noise {percent(noisy)} %')
-    rows = correct(x).nonzero()[:, 0]
-    blind = attacks.square(lambda z, idx: loss(z, rows[idx]), x[rows], eps, [data.generator(seed, 'audit square', names[i]) for i in rows.tolist()],
-                           queries, batch_size) if len(rows) else None
-    square = share(~blind.done if blind else [])
-    verdict('Square not stronger than white box', white <= square + tolerance, f'ensemble {percent(white)}, Square {percent(square)} %')
-    if source is None:
-        verdict('transfer not stronger than white box', None, 'no other run was given; name a second DIR, or --transfer_from DIR')
-    else:
-        never = lambda z, idx: (attacks.margin(source(z), y[idx]), y[idx] < 0)  # to the highest loss, which transfers best
-        foreign = attacks.apgd(never, x, eps, starts(eps, 'transfer'), iterations, batch_size=batch_size).images
-        transfer = share(correct(x) & correct(foreign))
-        verdict('transfer not stronger than white box', white <= transfer + tolerance, f'ensemble {percent(white)}, transfer {percent(transfer)} %')
-
-    at_radius = [under_apgd(min(f * eps, 1.), f'radius {f}') for f in (.5, 1, 2, 4)]
-    verdict('accuracy falls with ε', all(b <= a + tolerance for a, b in zip([clean, *at_radius], at_radius)),
-            f'APGD at ε/2, ε, 2 ε, 4 ε: {", ".join(map(percent, at_radius))} %')
-    everything = under_apgd(1., 'everything')
-    verdict('ε = 1 leaves nothing', everything <= tolerance, f'APGD: {percent(everything)} %')
-    return checks
+    def transferred(self) -> Tensor:
+        loss, start = partial(self.never_done, self.source, attacks.margin), self.starts(self.eps, 'transfer')
+        return attacks.apgd(loss, self.x, self.eps, start, self.iterations, **self.how).images
 
 
-# ====================================================================================== metrics of answers and captions
-NUMBERS = dict(zip('none zero one two three four five six seven eight nine ten'.split(), '0 0 1 2 3 4 5 6 7 8 9 10'.split()))
-CONTRACTIONS = {  # a word without (one of) its apostrophes → the word; the official table (which knows no "its" and no "were"), and a few more
-    variant: word for word in (
-        "ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd he'd've he's how'd how'll how's "
-        "isn't it'd it'd've it'll ma'am mightn't mightn't've might've mustn't must've needn't not've o'clock oughtn't shan't she'd've she's should've "
-        "shouldn't shouldn't've somebody'd've somebody'll somebody's someone'd someone'd've someone'll someone's something'd something'd've "
-        "something'll that's there'd there'd've there're there's they'd they'd've they'll they're they've 'twas wasn't we'd've we've weren't what'll "
-        "what're what's what've when's where'd where's where've who'd who'd've who'll who's who've why'll why're why's won't would've wouldn't "
-        "wouldn't've y'all y'all'll y'all'd've you'd you'd've you'll you're you've").split()
-    for variant in {word.replace("'", ''), word.replace("'", '', 1), "".join(word.rsplit("'", 1))} - {word}}
+# ============================================================================ metrics of answers and captions
+WORDS = 'none zero one two three four five six seven eight nine ten'
+NUMBERS = dict(zip(WORDS.split(), '0 0 1 2 3 4 5 6 7 8 9 10'.split()))
+# a word without (one of) its apostrophes → the word; the official table (no "its", no "were"), and a few more
+CONTRACTIONS = {
+    variant: word
+    for word in """
+        ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't
+        haven't he'd he'd've he's how'd how'll how's isn't it'd it'd've it'll ma'am mightn't mightn't've
+        might've mustn't must've needn't not've o'clock oughtn't shan't she'd've she's should've shouldn't
+        shouldn't've somebody'd've somebody'll somebody's someone'd someone'd've someone'll someone's
+        something'd something'd've something'll that's there'd there'd've there're there's they'd they'd've
+        they'll they're they've 'twas wasn't we'd've we've weren't what'll what're what's what've when's
+        where'd where's where've who'd who'd've who'll who's who've why'll why're why's won't would've
+        wouldn't wouldn't've y'all y'all'll y'all'd've you'd you'd've you'll you're you've""".split()
+    for variant in {word.replace("'", ''), word.replace("'", '', 1), ''.join(word.rsplit("'", 1))} - {word}
+}
 
 
 def normalise_answer(text: str) -> str:
-    """VQA's normalisation: punctuation, number words, articles, contractions.   official: GT-Vision-Lab/VQA vqaEval.py"""
+    """Punctuation, number words, articles, contractions.   official: GT-Vision-Lab/VQA vqaEval.py"""
     text = text.replace('\n', ' ').replace('\t', ' ').strip()
     out = text
-    for mark in ';/[]"{}()=+\\_-><@`,?!':  # away where it stands beside a space (or a comma between digits anywhere), else a space
+    # a mark is dropped where one of its kind is beside a space, or where a 1,000 is; else it becomes a space
+    for mark in ';/[]"{}()=+\\_-><@`,?!':
         beside = f'{mark} ' in text or f' {mark}' in text or re.search(r'\d,\d', text)
         out = out.replace(mark, '' if beside else ' ')
-    out = re.sub(r'\.(?!\d)', '', out)       # decimal points stay
+    out = re.sub(r'\.(?!\d)', '', out)  # decimal points stay
     words = [NUMBERS.get(word, word) for word in out.lower().split()]
     return ' '.join(CONTRACTIONS.get(word, word) for word in words if word not in ('a', 'an', 'the'))
 
 
 def vqa_accuracy(answer: str, references: list[str]) -> float:
-    """min(1, how many of the other annotators said so / 3), averaged over who is left out. Of fewer than four references all the others
-    have to; of a single one: whether it is equal.
+    """min(1, how many of the other annotators said so / 3), averaged over who is left out.
 
-    Answer and references are normalised alike. The official code normalises the answer always, of the references only the punctuation, and
-    that only where they differ: the published ones are clean already.
+    Of fewer than four references all others have to; of one: whether it is equal. Both sides are normalised
+    alike; the official code does less to references (the published ones are clean already).
     """
     said, of = normalise_answer(answer), [normalise_answer(r) for r in references]
     if len(of) == 1:
         return float(said == of[0])
     same = of.count(said)
-    return mean([min(1., (same - (r == said)) / min(3, len(of) - 1)) for r in of])
+    return mean([min(1.0, (same - (r == said)) / min(3, len(of) - 1)) for r in of])
 
 
-def option_letter(text: str) -> str:
-    """The option that an answer names: "B", "(B)", "B.", "B. mammal", "The answer is B."; else ''.   official: LLaVA eval_science_qa.py"""
-    text = text.strip()
-    if found := re.match(r'\(?([A-Z])\)?\.?$', text) or re.match(r'([A-Z])\. ', text):
-        return found[1]
-    named = re.findall(r'The answer is ([A-Z])\b', text)
-    return named[0] if len(named) == 1 else ''
+def letter_accuracy(answer: str, references: list[str]) -> float:
+    """Of the option that an answer names: "B", "(B)", "B.", "B. mammal", "The answer is B.".
 
-
-def tokenise_caption(text: str) -> list[str]:
-    """Lower-case words, clitics split off, punctuation dropped: like the Penn Treebank tokenizer of COCO's evaluation on plain sentences."""
-    return re.findall(r"\w+?(?=n't\b)|n't\b|'(?:s|m|d|re|ve|ll)\b|\w+(?:[-.,]\w+)*", text.lower())
-
-
-class Cider:
-    """CIDEr-D: how alike a caption's n-grams and its references' are, rare ones weighing more.   Vedantam et al. 2015, arXiv 1411.5726
-
-    references: the captions of each image; they also say how rare an n-gram is. Equal to pycocoevalcap's on the same tokens.
+    official: LLaVA eval_science_qa.py
     """
+    answer = answer.strip()
+    found = re.match(r'\(?([A-Z])\)?\.?$', answer) or re.match(r'([A-Z])\. ', answer)
+    named = [found[1]] if found else re.findall(r'The answer is ([A-Z])\b', answer)
+    return float(named == references)
 
-    def __init__(self, references: list[list[str]], tokenise=tokenise_caption):
-        self.tokenise = tokenise
-        counts = [[self.ngrams(caption) for caption in of] for of in references]
-        self.images_with = Counter(ngram for of in counts for ngram in {ngram for caption in of for ngram in caption})
-        self.log_images = math.log(len(references))
-        self.references = [[self.vector(caption) for caption in of] for of in counts]
 
-    def ngrams(self, caption: str) -> Counter:
-        words = self.tokenise(caption)
-        return Counter(tuple(words[i:i + n]) for n in (1, 2, 3, 4) for i in range(len(words) - n + 1))
-
-    def vector(self, counts: Counter) -> tuple[list[dict], list[float], int]:
-        """(tf · idf by n, its length by n, number of bigrams)"""
-        by_n: list[dict] = [{}, {}, {}, {}]
-        for ngram, count in counts.items():
-            by_n[len(ngram) - 1][ngram] = count * (self.log_images - math.log(max(1, self.images_with[ngram])))
-        return by_n, [math.sqrt(sum(v * v for v in part.values())) for part in by_n], sum(c for ngram, c in counts.items() if len(ngram) == 2)
-
-    def score(self, image: int, caption: str) -> float:
-        """0 … 10, of one caption for the image of that number; ×100 is how tables give it (a corpus' score is the mean)."""
-        hypothesis, lengths, bigrams = self.vector(self.ngrams(caption))
-        total = 0.
-        for reference, of_reference, its_bigrams in self.references[image]:
-            for mine, other, a, b in zip(hypothesis, reference, lengths, of_reference):
-                if a and b:  # clipped at the reference's count, so that repeating a word does not pay
-                    same = sum(min(v, other.get(ngram, 0.)) * other.get(ngram, 0.) for ngram, v in mine.items())
-                    total += same / (a * b) * math.exp(-(bigrams - its_bigrams) ** 2 / (2 * 6. ** 2))
-        return 10 * total / 4 / len(self.references[image])
+def pope_accuracy(answer: str, references: list[str]) -> float:
+    return pope_scores([answer], references)['accuracy']
 
 
 def pope_scores(answers: list[str], labels: list[str]) -> dict[str, float]:
-    """Of POPE (Li et al. 2023, arXiv 2305.10355), yes being the positive: an answer is no if its first sentence has "no" or "not"."""
-    said_no = [bool({'No', 'no', 'not'} & set(answer.split('.')[0].replace(',', '').split())) for answer in answers]
-    hit = lambda no, label: sum(n == no and l == label for n, l in zip(said_no, labels))
-    tp, fp, tn, fn = hit(False, 'yes'), hit(False, 'no'), hit(True, 'no'), hit(True, 'yes')
-    ratio = lambda a, b: a / b if b else 0.
-    precision, recalled = ratio(tp, tp + fp), ratio(tp, tp + fn)
-    return {'accuracy': ratio(tp + tn, len(labels)), 'precision': precision, 'recall': recalled,
-            'f1': ratio(2 * precision * recalled, precision + recalled), 'yes_rate': ratio(tp + fp, len(labels))}
+    """POPE (arXiv 2305.10355); yes is positive. An answer is no if its first sentence has "no" or "not"."""
+    first = [answer.split('.')[0].replace(',', '').split() for answer in answers]
+    count = Counter((not {'No', 'no', 'not'} & set(words), label) for words, label in zip(first, labels))
+    tp, fp, fn = count[True, 'yes'], count[True, 'no'], count[False, 'yes']
+    precision, recall = tp / max(tp + fp, 1), tp / max(tp + fn, 1)
+    f1 = 2 * precision * recall / (precision + recall) if tp else 0.0
+    found = {'f1': f1, 'accuracy': (tp + count[False, 'no']) / len(labels)}
+    return found | {'precision': precision, 'recall': recall, 'yes_rate': (tp + fp) / len(labels)}
+
+
+def lacks(sentence: str, caption: str) -> float:
+    """The score of a caption that is to be forced: 0 once the sentence is in it."""
+    return float(sentence.lower() not in caption.lower())
 
 
 def names_facts(caption: str, colour: str, shape: str) -> tuple[bool, bool]:
@@ -968,324 +1051,723 @@ def names_facts(caption: str, colour: str, shape: str) -> tuple[bool, bool]:
     return words & set(data.COLOURS) == {colour}, words & set(data.SHAPES) == {shape}
 
 
-# ==================================================================================================== sampling and ranks
-def load_set(name: str, args, rank: int) -> data.ClassSet:
-    several = args.download and dist.is_initialized()
-    if several and rank > 0:
-        dist.barrier()  # rank 0 fetches it, the others find it
-    images = data.class_set(name, args.split, args.root, args.download, args.classnames, args.templates)
-    if several and rank == 0:
-        dist.barrier()
-    return images
+def tokenise_caption(text: str) -> list[str]:
+    """Lower-case words, clitics split off, no punctuation: COCO's tokenizer (PTB), on plain sentences"""
+    return re.findall(r"\w+?(?=n't\b)|n't\b|'(?:s|m|d|re|ve|ll)\b|\w+(?:[-.,]\w+)*", text.lower())
 
 
-def one_set(args, rank: int) -> data.ClassSet:
-    if len(args.data) > 1:
-        raise SystemExit(f'error: --data {" ".join(args.data)}: {args.command} takes one data set')
-    return load_set(args.data[0], args, rank)
+class Cider:
+    """CIDEr-D: how alike a caption's n-grams and its references' are, weighted by rarity.   arXiv 1411.5726
+
+    references: of each image; they also say how rare an n-gram is. Equal to pycocoevalcap's on equal tokens.
+    """
+
+    def __init__(self, references: list[list[str]], tokenise=tokenise_caption):
+        self.tokenise = tokenise
+        counts = [[self.ngrams(caption) for caption in of] for of in references]
+        self.images_with = Counter(ngram for of in counts for ngram in set().union(*of))
+        self.log_images = math.log(len(references))
+        self.references = [[self.vector(caption) for caption in of] for of in counts]
+
+    def ngrams(self, caption: str) -> Counter:
+        words = self.tokenise(caption)
+        return Counter(tuple(words[i : i + n]) for n in (1, 2, 3, 4) for i in range(len(words) - n + 1))
+
+    def vector(self, counts: Counter) -> tuple[list[dict], list[float], int]:
+        """(tf · idf by n, its length by n, number of bigrams)"""
+        by_n: list[dict] = [{}, {}, {}, {}]
+        for ngram, count in counts.items():
+            idf = self.log_images - math.log(max(1, self.images_with[ngram]))
+            by_n[len(ngram) - 1][ngram] = count * idf
+        lengths = [math.sqrt(sum(v * v for v in part.values())) for part in by_n]
+        return by_n, lengths, sum(count for ngram, count in counts.items() if len(ngram) == 2)
+
+    def score(self, image: int, caption: str) -> float:
+        """0 … 10, of a caption for the image of that number; a corpus' score is the mean, × 100 in tables"""
+        hypothesis, lengths, bigrams = self.vector(self.ngrams(caption))
+        total = 0.0
+        for reference, of_reference, its_bigrams in self.references[image]:
+            near = math.exp(-((bigrams - its_bigrams) ** 2) / (2 * 6.0**2))  # in length
+            for mine, other, a, b in zip(hypothesis, reference, lengths, of_reference):
+                if a and b:  # clipped at the reference's count, so that repeating a word does not pay
+                    pairs = [(v, other.get(ngram, 0.0)) for ngram, v in mine.items()]
+                    total += sum(min(v, w) * w for v, w in pairs) / (a * b) * near
+        return 10 * total / 4 / len(self.references[image])
 
 
-def sample(n: int, name: str, args, rank: int, keep: list[int] | None = None) -> list[int]:
-    """The numbers of the images, drawn by --seed: the same for every batch size and run, and a larger --n only adds to them."""
-    numbers = list(range(n)) if keep is None else keep
-    if not numbers:
-        raise SystemExit(f'error: {name}, split {args.split}: no image is left' + (f' by --subset {args.subset}' if keep is not None else ''))
-    if args.n > len(numbers) and rank == 0:
-        print(f'note: --n {args.n}: {name}, split {args.split}, has {len(numbers)} images; all of them are used', file=sys.stderr)
-    return draw(numbers, args.n, args.seed)
+# ============================================================================= the sets that are evaluated on
+@dataclass
+class ClassSet:
+    """Images with a class each. They are opened one by one, so memory does not grow with their number."""
+
+    n: int
+    open: Callable[[int], tuple[Image.Image, int]]  # number → (RGB, label)
+    classes: list[str]
+    templates: list[str]  # such as 'a photo of a {c}.'
+    note: str = ''
+
+    def item(self, number: int) -> tuple[Image.Image, int]:
+        image, label = self.open(number)
+        if not 0 <= label < len(self.classes):
+            known = f'there are {len(self.classes)} class names, for labels from 0 on'
+            data.fail(f'image {number} of {self.note} has the label {label}; {known}')
+        return image, label
 
 
-def draw(numbers: list[int], n: int, seed: int) -> list[int]:
-    """n of them by seed; a larger n only adds to them. 0: all."""
-    order = torch.randperm(len(numbers), generator=data.generator(seed, 'sample', 0)).tolist()
-    return [numbers[i] for i in order[:n or len(numbers)]]
+def both(prefixes: str, before: str = '', behind: str = '') -> list[str]:
+    """'a photo of' → 'a photo of a {c}.', 'a photo of the {c}.', for each prefix, word before and behind"""
+    found = []
+    for prefix, first, last in itertools.product(*(text.split(',') for text in (prefixes, before, behind))):
+        found += [' '.join(f'{prefix} {a} {first} {{c}} {last}'.split()) + '.' for a in ('a', 'the')]
+    return found
 
 
-def subset(images: data.ClassSet, name: str, path: str, args) -> list[int] | None:
-    """The images whose caption the run never saw ('held-out'), or the others ('seen'); None: all."""
-    if args.subset == 'all':
-        return None
-    config = data.read_json(Path(path) / 'train_config.json', f'--subset {args.subset}: {path}')
-    held = data.held_out(config['config']['holdout'])
-    if not held:
-        raise SystemExit(f'error: --subset {args.subset}: {path} was trained without --holdout')
-    is_held = [data.pair_name(c) in held for c in images.classes]
-    return [i for i in range(images.n) if is_held[images.item(i)[1]] == (args.subset == 'held-out')]
+# The prompts that OpenAI published with CLIP (their notebook and data/prompts.md), ordered by their pattern.
+TEMPLATES = {
+    'imagenet': [
+        *both(
+            'a bad photo of, a sculpture of, a low resolution photo of, a rendering of, graffiti of, '
+            'a cropped photo of, a tattoo of, a bright photo of, a dark photo of, a drawing of, a close-up '
+            'photo of, a black and white photo of, a painting of, a pixelated photo of, a jpeg corrupted '
+            'photo of, a blurry photo of, a photo of, '
+            'a good photo of, a doodle of, a sketch of, a rendition of, art of, itap of'
+        ),
+        *both('', 'embroidered, plastic, origami, toy, cartoon, plushie'),
+        *both('a photo of', 'hard to see, clean, dirty, cool, large, nice, weird, small'),
+        *('a {c} in a video game.', 'the {c} in a video game.', 'a photo of many {c}.', 'a photo of my {c}.'),
+        *('a photo of one {c}.', 'itap of my {c}.'),
+    ],
+    'cifar': [
+        *both('a photo of, a blurry photo of, a black and white photo of, a low contrast photo of'),
+        *both('a high contrast photo of, a bad photo of, a good photo of'),
+        *both('a photo of', 'small, big'),
+    ],
+    'Food101': ['a photo of {c}, a type of food.'],
+    'OxfordIIITPet': ['a photo of a {c}, a type of pet.'],
+    'FGVCAircraft': ['a photo of a {c}, a type of aircraft.', 'a photo of the {c}, a type of aircraft.'],
+    'Flowers102': ['a photo of a {c}, a type of flower.'],
+    'DTD': both('a photo of', '', 'texture, pattern, thing, object'),
+    'EuroSAT': [f'a centered satellite photo of {article}{{c}}.' for article in ('', 'a ', 'the ')],
+}
+TEMPLATES |= {'CIFAR10': TEMPLATES['cifar'], 'CIFAR100': TEMPLATES['cifar']}
 
 
-def gather(value) -> list:
-    """[value of rank 0, value of rank 1, …] on all ranks."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return [value]
-    everyone = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, value)
-    return everyone
+def class_set(name, split='test', root='data', download=False, classnames='', templates='') -> ClassSet:
+    """name: 'easyvqa'; a folder (metadata.jsonl, whose captions are the classes; CLIP_benchmark's layout:
+    classnames.txt, SPLIT/*.tar; or a folder for each class); or a class of torchvision.datasets.
+
+    classnames, templates: files, a line each, in place of the data's own; or templates: a key of TEMPLATES.
+    """
+    path, named = Path(name), bool(classnames)
+    if name == 'easyvqa' or any((p / 'metadata.jsonl').is_file() for p in (path, path / split)):
+        found = captions_as_classes(name, split)
+    elif path.is_dir():
+        found = (shards if any((path / split).glob('*.tar')) else image_folder)(path, split, named)
+    elif inspect.isclass(getattr(torchvision.datasets, name, None)):
+        found = from_torchvision(name, split, root, download, named)
+    else:
+        known = "'easyvqa', or a class of torchvision.datasets such as CIFAR10 (upper and lower case matter)"
+        data.fail(f'--data {name}: no such folder, and no name that is known: {known}')
+    if named:
+        found.classes = read_lines(Path(classnames), '--classnames')
+    if templates:
+        flag = f'--templates (also: {", ".join(TEMPLATES)})'
+        found.templates = TEMPLATES.get(templates) or read_lines(Path(templates), flag)
+    for template in found.templates:
+        if '{c}' not in template:
+            data.fail(f'{found.note}: the template {template!r} has no {{c}}, where the class name goes')
+    if len(found.classes) < 2:
+        data.fail(f'--data {name}: {len(found.classes)} class; zero-shot classification needs at least 2')
+    (common, n), *_ = Counter(found.classes).most_common(1)
+    if n > 1:
+        data.fail(f'{found.note}: the class name {common!r} is there twice; they must differ')
+    return found
 
 
-def chunks(items: list, size: int):
-    return (items[i:i + size] for i in range(0, len(items), size))
+def read_lines(file: Path, what: str) -> list[str]:
+    try:
+        lines = [line.strip() for line in file.read_text(encoding='utf-8').rstrip().split('\n')]
+    except (OSError, UnicodeDecodeError) as e:
+        data.fail(f'{what}: cannot read {file}: {e}')
+    if '' in lines:
+        data.fail(f'{what}: {file} is empty, or has an empty line, {lines.index("") + 1}')
+    return lines
 
 
-# ======================================================================================================== the model card
-def digests(dirs: list[str]) -> dict[str, str]:
-    """{run directory: digest of its weights}, of those of DIRS that our training wrote; into others nothing is written."""
-    runs = [path for path in dict.fromkeys(dirs) if clip_adv.is_run(Path(path))]
-    return {path: clip_adv.digest(clip_adv.weights_of(Path(path))) for path in runs}
+def names_beside(path: Path, named: bool) -> list[str]:
+    """The class names that lie with a data set; with --classnames they are not asked for."""
+    what = f'--data {path}: no class names (a name a line, line 1 for label 0; or give --classnames FILE)'
+    return [] if named else read_lines(path / 'classnames.txt', what)
 
 
-def keep(report: dict, args, weights: dict[str, str]) -> None:
-    """Each run's part of the report into RUN/eval/, and from all that is there the results in the run's card. The same measurement again replaces
-    its file. If it cannot be written, that is said, and the measurement goes on to where else it is wanted."""
-    settings = {k: v for k, v in vars(args).items() if k not in ('run', 'dirs', 'transfer_from', 'json', 'plot', 'grid', 'quiet', 'batch_size')}
-    settings |= {'data': [str(Path(d).resolve()) if Path(d).exists() else d for d in getattr(args, 'data', [])]}
-    parts = [args.command, *(Path(name).stem for name in getattr(args, 'data', [])), getattr(args, 'split', ''), getattr(args, 'attack', '')]
-    stem = re.sub(r'[^\w.-]+', '-', '_'.join(part for part in parts if part)).encode()[:100].decode(errors='ignore')  # names are limited in bytes
-    for path, now in weights.items():
-        folder, card = Path(path) / 'eval', Path(path) / clip_adv.CARD
+def of_files(files: list[Path], labels: list[int], *others) -> ClassSet:
+    return ClassSet(len(files), lambda i: (data.read_image(files[i]), labels[i]), *others)
+
+
+def captions_as_classes(name: str, split: str) -> ClassSet:
+    """easyvqa: all its colours and shapes, as 'a red circle'. A folder: the captions that it has."""
+    pairs, easy = data.load_pairs(name, split), name == 'easyvqa'
+    classes = [f'{c} {s}' for c in data.COLOURS for s in data.SHAPES] if easy else sorted(set(pairs.captions))
+    template = 'a {c}' if easy else '{c}'
+    label = {template.replace('{c}', c): i for i, c in enumerate(classes)}
+    return of_files(pairs.files, [label[c] for c in pairs.captions], classes, [template], pairs.note)
+
+
+class Shards:
+    """Samples in tar files, the webdataset convention: files of one name and several endings are one sample.
+
+    Only the headers are read at first, the contents when they are asked for, in any order.
+    """
+
+    def __init__(self, folder: Path):
+        self.samples: list[tuple[Path, str, dict]] = []  # (tar, key, {ending: (offset, size)})
+        # 10.tar comes after 9.tar
+        tars = sorted(folder.glob('*.tar'), key=lambda p: re.sub(r'\d+', lambda n: n[0].zfill(9), p.name))
+        said = folder / 'nshards.txt'
+        if said.is_file() and (text := said.read_text().strip()) != str(len(tars)):
+            data.fail(f'{said} says {text} shards; there are {len(tars)} *.tar')
+        for tar in tars:
+            found: dict[str, dict] = {}
+            try:
+                with tarfile.open(tar, 'r:') as archive:
+                    for member in filter(tarfile.TarInfo.isfile, archive):
+                        where, slash, file = member.name.rpartition('/')
+                        key, _, ending = file.partition('.')
+                        part = member.offset_data, member.size
+                        found.setdefault(where + slash + key, {})[ending] = part
+            except (tarfile.TarError, OSError) as e:
+                data.fail(f'cannot read the shard {tar}: {e}; fetch it again')
+            self.samples += [(tar, key, files) for key, files in found.items()]
+        if not self.samples:
+            data.fail(f'{folder}: the shards have no samples')
+
+    def read(self, number: int, endings: tuple[str, ...]) -> tuple[bytes, str]:
+        """(content, name) of the file of that sample which has one of the endings"""
+        tar, key, files = self.samples[number]
+        ending = next((e for e in endings if e in files), None)
+        if ending is None:
+            data.fail(f'{tar}: the sample {key} has {", ".join(files)}, but no {" or ".join(endings)}')
+        offset, size = files[ending]
+        with open(tar, 'rb') as file:
+            file.seek(offset)
+            return file.read(size), f'{tar}/{key}.{ending}'
+
+    def image(self, number: int) -> Image.Image:
+        content, name = self.read(number, ('jpg', 'png', 'webp', 'jpeg'))
+        return data.read_image(io.BytesIO(content), name)
+
+    def item(self, number: int) -> tuple[Image.Image, int]:
+        content, name = self.read(number, ('cls',))
+        if not content.strip().removeprefix(b'-').isdigit():
+            data.fail(f'{name}: {content[:20]!r} is no class number')
+        return self.image(number), int(content)
+
+
+def shards(path: Path, split: str, named: bool) -> ClassSet:
+    """CLIP_benchmark's layout: classnames.txt, templates, SPLIT/*.tar with images and .cls"""
+    classes, tars = names_beside(path, named), Shards(path / split)
+    shipped = path / 'zeroshot_classification_templates.txt'
+    templates = read_lines(shipped, 'templates') if shipped.is_file() else TEMPLATES['imagenet']
+    return ClassSet(len(tars.samples), tars.item, classes, templates, f'{path}, split {split}')
+
+
+def image_folder(path: Path, split: str, named: bool) -> ClassSet:
+    """A folder for each class, in SPLIT/ where there is one; line i of classnames.txt names the i-th"""
+    root, classes = path / split if (path / split).is_dir() else path, names_beside(path, named)
+    folders = sorted(p for p in root.iterdir() if p.is_dir())
+    found = [[f for f in sorted(p.rglob('*')) if f.suffix.lower() in IMG_EXTENSIONS] for p in folders]
+    if not any(found):
+        data.fail(f'--data {path}, split {split}: neither *.tar nor images in subfolders of {root}')
+    if classes and len(classes) != len(folders):
+        there = f'{root} has {len(folders)} folders, one for each class'
+        data.fail(f'{path / "classnames.txt"} has {len(classes)} lines; {there}')
+    labels = [i for i, files in enumerate(found) for _ in files]
+    return of_files(sum(found, []), labels, classes, TEMPLATES['imagenet'], f'{root}')
+
+
+def from_torchvision(name: str, split: str, root: str, download: bool, named: bool) -> ClassSet:
+    """Any data set of torchvision whose items are (image, label)."""
+    kind = getattr(torchvision.datasets, name)
+    takes = inspect.signature(kind).parameters
+    if download and 'download' not in takes:
+        data.fail(f'--download: torchvision cannot fetch {name}; put it into --root {root}')
+    settings = {'root': root, 'download': download, 'split': split, 'train': split == 'train'}
+    try:
+        images = kind(**{key: value for key, value in settings.items() if key in takes})
+    except (RuntimeError, OSError, ValueError, TypeError, ImportError) as e:
+        how = '' if download or 'download' not in takes else ' (--download fetches it)'
+        data.fail(f'--data {name}, --split {split}, --root {root}: {e}{how}')
+    classes = [c if isinstance(c, str) else c[0] for c in getattr(images, 'classes', None) or []]
+    classes = [c.replace('_', ' ') for c in classes]
+    if not classes and not named:
+        how = 'give --classnames FILE, a name a line, line 1 for label 0'
+        data.fail(f'--data {name}: torchvision has no class names for it; {how}')
+    if name == 'EuroSAT':  # AnnualCrop
+        classes = [re.sub('(?<=[a-z])(?=[A-Z])', ' ', c).lower() for c in classes]
+
+    def item(number: int) -> tuple[Image.Image, int]:
         try:
-            others = [str(Path(p).resolve()) for p in sources_of(path, args)][:1] if args.command == 'audit' else []  # what it transfers from
-            number = hashlib.blake2b(json.dumps([settings, others], sort_keys=True).encode(), digest_size=3).hexdigest()
-            rows = [row for row in report['results'] if row['dir'] == path]
-            own = {**report, 'weights': now, 'card': [line for row in rows for line in card_lines(row, args)], 'results': rows}
-            folder.mkdir(exist_ok=True)
-            with clip_adv.locked(Path(path)):
-                clip_adv.write(folder / f'{stem}_{number}.json', lambda file: file.write_text(json.dumps(own, indent=2), encoding='utf-8'))
-                if card.is_file() and not clip_adv.rewrite(card, {'results': clip_adv.results(Path(path))}):
-                    print(f'warning: {card} has no {clip_adv.marks("results")[0]} (or is not UTF-8); it is left as it is', file=sys.stderr, flush=True)
-        except (Exception, SystemExit) as e:  # the measurement itself is on the screen and in --json
-            print(f'warning: not kept in {folder}: {str(e).removeprefix("error: ")}', file=sys.stderr, flush=True)
+            image, label = images[number]
+            return data.to_rgb(image), int(label)
+        except (UnidentifiedImageError, OSError, SyntaxError) as e:
+            raise data.BadImage(f"cannot decode image {number} of torchvision's {name}: {e}") from None
+        except (TypeError, ValueError, AttributeError) as e:
+            data.fail(f'--data {name}: its items are not an image and a class number ({e})')
+
+    where = f', split {split}' if {'train', 'split'} & set(takes) else ', all of it'
+    note = f'torchvision.datasets.{name}{where}'
+    return ClassSet(len(images), item, classes, TEMPLATES.get(name, TEMPLATES['imagenet']), note)
 
 
-def card_lines(row: dict, args) -> list[dict]:
-    """What the card shows of a row of results."""
-    at = lambda values: ', '.join(f'ε = {eps}: {percent(v)}' for eps, v in values.items()) or 'not measured'
-    line = lambda measure, clean, attacked, attack=None, more='': {
-        'measure': measure, 'data': f'{Path(row["data"]).name} {args.split}{more}, n = {row["n"]}', 'clean': clean, 'attacked': attacked,
-        'attack': attack if attack is not None else getattr(args, 'attack', '') + ' on native pixels' * args.native}
-    command = args.command
-    if command == 'zeroshot':
-        more = f', {args.subset} captions' * (args.subset != 'all') + (f', {row["classes"]} classes' if 'classes' in row else '')
-        return [line('zero-shot accuracy', percent(row['clean_acc']), at(row['adv_acc']), more=more)]
-    if command == 'retrieval':
-        key = 'image_to_text_recall@1'
-        return [line('recall@1, image → text', percent(row['clean'][key]), at({k[4:]: v[key] for k, v in row.items() if k.startswith('adv_')}), more=f', {row["texts"]} texts')]
-    if command == 'typographic':
-        sizes = {float(size): share for size, share in row['acc'].items()}
-        return [line('accuracy with a wrong name written on the image', percent(sizes[0]) if 0 in sizes else 'not measured', attack='letters, in % of the height',
-                     attacked=', '.join(f'{size:g} %: {percent(share)}' for size, share in sizes.items() if size))]
-    if command == 'audit':
-        verdicts = Counter(check['verdict'] for check in row['checks'])
-        return [line('audit: is the robustness real?', '', ', '.join(f'{n} checks {verdict}' for verdict, n in verdicts.items()), f'several, ε = {row["eps"]:g}')]
-    if command in ('vqa', 'pope', 'sqa'):
-        measure, key = {'vqa': ('VQA accuracy', 'accuracy'), 'pope': ('POPE, F1', 'f1'), 'sqa': ('ScienceQA accuracy', 'accuracy')}[command]
-        return [line(measure, percent(row[f'clean_{key}']), at(row[f'adv_{key}']), f'{args.attack}, {args.iterations} iterations' if args.eps else 'none', f', {row["questions"]}')]
-    if command == 'caption' and 'success' in row:
-        return [line('forced sentences, success', percent(rates['0']), at({k: v for k, v in rates.items() if k != '0'}),
-                     f'APGD, {args.iterations} iterations, “{text}”'.replace('|', '/')) for text, rates in row['success'].items()]
-    if command == 'caption':
-        return [line('captions, CIDEr', percent(row['clean']['cider']), at({k[4:]: v['cider'] for k, v in row.items() if k.startswith('adv_')}),
-                     f'{args.attack}, {args.iterations} iterations' if args.eps else 'none')]
-    return []  # show: one image
+def caption_set(name: str, split: str = 'test') -> tuple[list[list[str]], Callable[[int], Image.Image]]:
+    """(captions of each image, number → image) of 'easyvqa', a folder with metadata.jsonl (an image may have
+    several lines), or shards of images and .txt files with a caption a line (CLIP_benchmark's MS-COCO)"""
+    folder = Path(name) / split
+    if any(folder.glob('*.tar')):
+        tars, captions = Shards(folder), []
+        for i in range(len(tars.samples)):
+            text, file = tars.read(i, ('txt',))
+            captions.append([c.strip() for c in text.decode('utf-8', 'replace').split('\n') if c.strip()])
+            if not captions[-1]:
+                data.fail(f'{file} holds no caption')
+        return captions, tars.image
+    pairs, of = data.load_pairs(name, split), {}
+    for file, caption in zip(pairs.files, pairs.captions):
+        of.setdefault(file, []).append(caption)
+    files = list(of)
+    return list(of.values()), lambda number: data.read_image(files[number])
 
 
-# =============================================================================================================== output
-def percent(fraction: float) -> str:
-    return f'{100 * fraction:.1f}'
+# ------------------------------------------------------------------------------------- questions and captions
+@dataclass
+class Question:
+    """Something that is asked about an image: a question with an answer, or for a caption."""
+
+    image: Path
+    text: str
+    answers: list[str]  # of ten annotators (VQAv2, TextVQA), reference captions, or the one that is right
+    name: str  # which one it is, for reports
+    towards: tuple[str, ...] = ()  # answers that the last rounds of an attack try to get
+    facts: tuple[str, str] | None = None  # of easyvqa's captions: colour and shape
+    # Attacks on the answer: ('away' from | 'towards', a text; None: what it says then, unless another round
+    # names that), or ('again', ''): from the worst image so far on, in full precision. They want a low score.
+    rounds: list[tuple[str, str | None]] = ()
+    score: Callable[[str], float] | None = None
+
+    def __post_init__(self):
+        if not self.image.is_file():
+            data.fail(f'--data: no image {self.image}; see --image_root')
+
+
+@contextlib.contextmanager
+def reading(name: str, expected: str):
+    """Names the file, and what was expected of it, where something is missing or of another type."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError) as e:
+        data.fail(f'--data {name}: {type(e).__name__}: {e}; expected {expected}')
+
+
+def vqa_set(name: str, split: str = 'test', annotations: str = '', image_root: str = '') -> list[Question]:
+    """'easyvqa', or a file of questions: VQAv2's (with annotations, the file of answers) or TextVQA's"""
+    if name == 'easyvqa':
+        _, asked, root = data.easyvqa_split(split)
+        rows = [(root / f'{image}.png', text, [answer]) for text, answer, image in asked]
+        return [Question(*each, f'{n}', ('maybe', 'Word')) for n, each in enumerate(rows)]
+    content, found = data.read_json(Path(name), '--data'), []
+    with reading(name, 'the published file'):
+        if 'questions' in content and not annotations:
+            data.fail(f"--data {name}: VQAv2's questions; name the file of their answers: --annotations FILE")
+        if 'questions' in content:
+            answers = data.read_json(Path(annotations), '--annotations')['annotations']
+            answers = {a['question_id']: [each['answer'] for each in a['answers']] for a in answers}
+            asked = [{**q, 'answers': answers.get(q['question_id'])} for q in content['questions']]
+            file = f'COCO_{content["data_subtype"]}_{{:012d}}.jpg'  # 'val2014', say
+        elif 'data' in content:
+            asked, file = content['data'], '{}.jpg'
+        else:
+            data.fail(f'--data {name}: neither VQAv2 (it has a key "questions") nor TextVQA (a key "data")')
+        for q in asked:
+            text, image = q['question'], Path(image_root) / file.format(q['image_id'])
+            number = f'{q["question_id"]}'
+            if not q.get('answers'):
+                data.fail(f'--data {name}: question {number} has no answers in {annotations or name}')
+            text += '\nAnswer the question using a single word or phrase.'
+            found.append(Question(image, text, q['answers'], number, ('maybe', 'Word')))
+    return found
+
+
+def pope_set(name: str, split: str = 'test', image_root: str = '') -> list[Question]:
+    """easyvqa's balanced yes/no questions, or a file of POPE"""
+    found, other = [], {'yes': 'no', 'no': 'yes'}
+    if name == 'easyvqa':
+        questions = vqa_set(name, split)
+        found = [questions[i] for i in balanced(questions)]
+    with reading(name, '{"question_id", "image", "text", "label": "yes" | "no"} a line'):
+        for line in [] if found else filter(str.strip, Path(name).read_text(encoding='utf-8').split('\n')):
+            q = json.loads(line)
+            image = Path(image_root) / q['image']
+            found.append(Question(image, q['text'], [q['label'].lower()], f'{q["question_id"]}'))
+    for q in found:
+        if q.answers[0] not in other:
+            data.fail(f'--data {name}: question {q.name} has the label {q.answers[0]!r}; must be yes or no')
+        q.towards = (other[q.answers[0]],)
+    return found
+
+
+def balanced(questions: list[Question]) -> list[int]:
+    """The yes/no questions of easyvqa, as many with yes as with no for each text."""
+    return data.balanced([(q.text, q.answers[0], q.image) for q in questions])
+
+
+def sqa_set(name: str, split: str = 'test', image_root: str = '') -> list[Question]:
+    """ScienceQA's folder: the questions with an image, asked as LLaVA 1.5 is asked; the answer is a letter.
+
+    official: LLaVA convert_sqa_to_llava_base_prompt.py (CQM), model_vqa_science.py (--single-pred-prompt)
+    """
+    folder, root, found = Path(name), Path(image_root or name), []
+    problems = data.read_json(folder / 'problems.json', '--data')
+    splits = data.read_json(folder / 'pid_splits.json', '--data')
+    if split not in splits:
+        data.fail(f'--split {split}: {folder / "pid_splits.json"} has {", ".join(splits)}')
+    for number in splits[split]:
+        with reading(name, f'the published files (problem {number})'):
+            p = problems[number]
+            letters, hint = 'ABCDEFGHIJ'[: len(p['choices'])], p.get('hint', '').strip() or 'N/A'
+            options = ' '.join(f'({letter}) {choice}' for letter, choice in zip(letters, p['choices']))
+            text = f'Context: {hint}\nQuestion: {p["question"]}\nOptions: {options}'.replace('  ', ' ')
+            text += "\nAnswer with the option's letter from the given choices directly."
+            if p.get('image'):
+                right, image = letters[p['answer']], root / split / number / p['image']
+                found.append(Question(image, text, [right], number, tuple(letters.replace(right, ''))))
+    return found
+
+
+def reference_set(name: str, split: str = 'test', image_root: str = '') -> list[Question]:
+    """'easyvqa' (five sentences from two facts), Karpathy's dataset_*.json, or COCO's captions_*.json"""
+    if name == 'easyvqa':
+        facts, _, root = data.easyvqa_split(split)
+        rows = [(root / f'{i}.png', data.describe(*of), f'{i}', of) for i, of in sorted(facts.items())]
+        return [Question(file, data.CAPTION_QUESTION, texts, n, facts=of) for file, texts, n, of in rows]
+    content, root, of = data.read_json(Path(name), '--data'), Path(image_root), {}
+    with reading(name, "Karpathy's dataset_*.json or COCO's captions_*.json"):
+        if 'annotations' in content:
+            for a in content['annotations']:
+                of.setdefault(a['image_id'], []).append(a['caption'])
+            images = [i for i in content['images'] if i['id'] in of]
+            rows = [(root / i['file_name'], of[i['id']], f'{i["id"]}') for i in images]
+        else:
+            splits = (split, 'restval') if split == 'train' else (split,)  # as most papers count it
+            images = [i for i in content['images'] if i['split'] in splits]
+            files = [(root / i.get('filepath', '') / i['filename'], i['filename']) for i in images]
+            texts = [[sentence['raw'] for sentence in i['sentences']] for i in images]
+            rows = [(file, of, name_of) for (file, name_of), of in zip(files, texts)]
+        found = [Question(file, data.CAPTION_QUESTION, texts, name_of) for file, texts, name_of in rows]
+    if not found:
+        data.fail(f'--data {name}: no image of --split {split}')
+    return found
+
+
+# ===================================================================================================== output
+def percent(fraction: float | None) -> str:
+    return '–' if fraction is None else f'{100 * fraction:.1f}'
 
 
 def attack_text(args) -> str:
     where = 'before the resize, on native pixels' if args.native else "at the model's resolution"
-    return f'{ATTACKS[args.attack][0]}; l∞, ε in 1/255, {where}' if args.attack != 'none' else 'no attack'
+    name = ATTACKS[args.attack]
+    if 'iterations' in args and args.attack != 'none':
+        name = f'APGD {args.iterations} away from each distinct reference, again from the worst image'
+    return name if args.attack == 'none' else f'{name}; l∞, ε in 1/255, {where}'
 
 
-def say(text: str) -> None:
-    print(textwrap.fill(text, 120, break_on_hyphens=False), flush=True)
+def say(args, text: str) -> None:
+    if args.rank == 0:
+        print(textwrap.fill(text, 120, break_on_hyphens=False), flush=True)
 
 
-def progress(args, rank: int, n: int, name: str) -> tqdm:
-    """In forward passes of one image; what broken images do not need is ticked off when their attack ends."""
-    passes = n * (1 + len(args.eps) * ATTACKS[args.attack][1])
-    return tqdm(total=passes, desc=name, unit='it', unit_scale=True, disable=args.quiet or rank > 0,
-                mininterval=.5 if sys.stderr.isatty() else 60)
+def table(rows: list[dict], down: list[str], across: str) -> None:
+    """Values in %: a line for all rows that agree in the keys `down`, a column for each that `across` has.
+
+    It reads well on a terminal and is Markdown, too. Columns of numbers are set to the right.
+    """
+    lines: dict[tuple, dict] = {}
+    for r in rows:
+        lines.setdefault(tuple(r[key] for key in down), {})[r.get(across)] = percent(r['value'])
+    columns = list(dict.fromkeys(r[across] for r in rows)) if across else []
+    head = {'eps': 'ε = {:g}', 'height': '{:g} %'}.get(across, '{}')
+    cells, rule = [[*down, *(head.format(c) for c in columns)]], []
+    for key, of in lines.items():
+        names = [f'{v:g}' if isinstance(v, float) else f'{v}' for v in key]
+        cells.append(names + [of.get(c, '–') for c in columns])
+    for i, column in enumerate(zip(*cells)):
+        width, numbers = max(map(len, column)), all(c.replace('.', '').isdigit() for c in column[1:])
+        for line in cells:
+            line[i] = line[i].rjust(width) if numbers else line[i].ljust(width)
+        rule.append('-' * (width + 1) + (':' if numbers else '-'))
+    first, *others = ('| ' + ' | '.join(line) + ' |' for line in cells)
+    print('\n'.join([first, '|' + '|'.join(rule) + '|', *others]), flush=True)
 
 
-def table(header: list[str], rows: list[list[str]]) -> None:
-    """A table that reads well on a terminal and is Markdown, too. Columns of numbers are set to the right."""
-    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
-    text = [not all(row[i].replace('.', '').isdigit() for row in rows) for i in range(len(header))]
-    line = lambda row: '| ' + ' | '.join(v.ljust(w) if t else v.rjust(w) for v, w, t in zip(row, widths, text)) + ' |'
-    print('\n'.join([line(header), '|' + '|'.join('-' * (w + 1) + ('-' if t else ':') for w, t in zip(widths, text)) + '|',
-                     *map(line, rows)]), flush=True)
-
-
-def curves(file: Path, lines: list[tuple[str, dict[float, float]]], x_label: str, y_label: str, title: str, chance: float | None = None) -> None:
-    """A line for each (name, {x: fraction}); the format is the file's ending (png, pdf, svg)."""
+def curves(file: Path, report: Report) -> None:
+    """The plotted measures over ε, or over the letters' height, of the last data set (the average)."""
     from matplotlib.figure import Figure
+
     figure = Figure(figsize=(6, 4), layout='constrained')
-    axes = figure.add_subplot()
-    for name, points in lines:
-        axes.plot(sorted(points), [100 * points[x] for x in sorted(points)], 'o-', label=name)
-    if chance is not None:
-        axes.axhline(100 * chance, color='gray', linestyle=':', label='chance')
-    axes.set(xlabel=x_label, ylabel=y_label, ylim=(-2, 102))
+    axes, last = figure.add_subplot(), report.rows[-1]
+    x = 'height' if report.across == 'height' else 'eps'
+    label = {'eps': 'ε in 1/255 (l∞)', 'height': 'height of the letters in % of the image'}[x]
+    rows = [r for r in report.rows if r['measure'] in report.plotted and r['data'] == last['data']]
+    for model, name in dict.fromkeys((r['model'], r['measure']) for r in rows):
+        points = sorted((r[x], 100 * r['value']) for r in rows if (r['model'], r['measure']) == (model, name))
+        axes.plot(*zip(*points), 'o-', label=f'{Path(model).name}, {name}')
+    if rows[0].get('classes'):
+        axes.axhline(100 / rows[0]['classes'], color='gray', linestyle=':', label='chance')
+    axes.set(xlabel=label, ylabel='in %', ylim=(-2, 102))
+    title = f'{Path(last["data"]).name} {last["split"]}, n = {last["n"]}, {last["attack"]}'
     axes.set_title(title, fontsize=10, wrap=True)
     axes.legend()
-    axes.grid(alpha=.3)
+    axes.grid(alpha=0.3)
     save(figure, file)
 
 
-def pictures(file: Path, rows: list[list[tuple[Tensor, str]]], title: str) -> None:
+def changed(x: Tensor, x_adv: Tensor, eps: float, says: str) -> list[tuple[Tensor, str]]:
+    """δ, scaled to gray ± 1/2, and x + δ, for `pictures`.   images [3, h, w] in [0, 1], ε in 1/255"""
+    return [((x_adv - x) / (2 * eps / 255) + 0.5, f'δ, ε = {eps:g}/255'), (x_adv, f'x + δ: {says}')]
+
+
+def pictures(file: Path, lines: list[list[tuple[Tensor, str]]], title: str) -> None:
     """A grid of (image [3, h, w] in [0, 1], caption)."""
     from matplotlib.figure import Figure
-    figure = Figure(figsize=(2.6 * len(rows[0]), 2.9 * len(rows) + .3), layout='constrained')
-    axes = figure.subplots(len(rows), len(rows[0]), squeeze=False)
-    for row, cells in zip(axes, rows):
-        for cell, (image, caption) in zip(row, cells):
-            cell.imshow(image.permute(1, 2, 0).clamp(0, 1).cpu().numpy(), interpolation='nearest')
-            cell.set_title(textwrap.fill(caption, 28), fontsize=8)
-            cell.axis('off')
+
+    figure = Figure(figsize=(2.6 * len(lines[0]), 2.9 * len(lines) + 0.3), layout='constrained')
+    axes = figure.subplots(len(lines), len(lines[0]), squeeze=False)
+    for place, (image, text) in zip(axes.flat, sum(lines, [])):
+        place.imshow(image.permute(1, 2, 0).clamp(0, 1).cpu().numpy(), interpolation='nearest')
+        place.set_title(textwrap.fill(text, 28), fontsize=8)
+        place.axis('off')
     figure.suptitle(title, fontsize=10)
     save(figure, file)
 
 
 def save(figure, file: Path) -> None:
     # the name of the file beside has no ending that matplotlib knows, so the format is told
-    clip_adv.write(file, lambda beside: figure.savefig(beside, dpi=150, format=file.suffix[1:]))
+    data.write(file, lambda beside: figure.savefig(beside, dpi=150, format=file.suffix[1:]))
 
 
-# ========================================================================================================= command line
+def as_json(report: dict) -> str:
+    """A row or an outcome is a line, so that files can be read and compared."""
+    lines = []
+    for key, value in report.items():
+        listed = isinstance(value, list) and value
+        text = [json.dumps(each, ensure_ascii=False) for each in (value if listed else [value])]
+        lines.append(f'{json.dumps(key)}: ' + ('[\n  ' + ',\n  '.join(text) + '\n]' if listed else text[0]))
+    return '{\n' + ',\n'.join(lines) + '\n}\n'
+
+
+# -------------------------------------------------------------------------------------- RUN/eval and the card
+def keep(report: dict, run: Path, args) -> None:
+    """Writes the run's part of the report into RUN/eval/, and all results there into its card's header.
+
+    The same measurement again replaces its file, another one adds one.
+    """
+    own = {key: [r for r in report[key] if Path(r['model']) == run] for key in ('rows', 'outcomes')}
+    no_settings = 'run dirs data transfer_from json plot grid quiet batch_size device rank world'.split()
+    settings = {key: value for key, value in vars(args).items() if key not in no_settings}
+    used = [*args.data, *(args.dirs + args.transfer_from if args.command == 'audit' else [])]
+    places = sorted({os.path.realpath(p) if os.path.exists(p) else p for p in used})
+    number = hashlib.blake2b(json.dumps([settings, places]).encode(), digest_size=3).hexdigest()
+    parts = [args.command, *(Path(name).stem for name in args.data), args.split, getattr(args, 'attack', '')]
+    name = re.sub(r'[^\w.-]+', '-', '_'.join(filter(None, parts)))
+    name = name.encode()[:100].decode(errors='ignore')  # systems limit names, in bytes
+    try:
+        (run / 'eval').mkdir(exist_ok=True)
+        data.write(run / 'eval' / f'{name}_{number}.json', as_json({**report, **own}))
+        write_card(run)
+    except (Exception, SystemExit) as e:  # the measurement goes on to --json, and the table is printed
+        print(f'warning: not kept in {run}: {str(e).removeprefix("error: ")}', file=sys.stderr, flush=True)
+
+
+def write_card(run: Path) -> None:
+    """`model-index` in the header of RUN/README.md, for the hub: all about the weights that are there"""
+    from huggingface_hub import ModelCard
+
+    file, results = run / 'README.md', []
+    if not file.exists():
+        return
+    text = file.read_bytes().decode('utf-8')  # with the line ends that it has
+    if not re.match(r'---\r?\n.*?\n---', text, re.DOTALL):
+        data.fail(f'{file} has no header in YAML, so it can show no results')
+    for measured in sorted((run / 'eval').glob('*.json')):
+        report = data.read_json(measured, str(run))
+        if report.get('updates') == data.updates_of(run):
+            rows = [r for r in report.get('rows', []) if r['value'] is not None]
+            results += [result(r, command=measured.name.partition('_')[0]) for r in rows]
+    card = ModelCard(text)
+    card.data.model_name, card.data.eval_results = card.data.model_name or run.resolve().name, results
+    data.write(file.resolve(), str(card))  # a link stays one
+
+
+def result(r: dict, command: str):
+    """A row as the hub has it."""
+    from huggingface_hub import EvalResult
+
+    tasks = dict.fromkeys(('vqa', 'pope', 'sqa'), 'visual-question-answering')
+    task = {**tasks, 'caption': 'image-to-text'}.get(command, 'zero-shot-image-classification')
+    more = {key: value for key, value in r.items() if key not in COLUMNS and value is not None}
+    under = [f'{r["attack"]} ε = {r["eps"]:g}/255'] if r['eps'] else []
+    words = [r['measure'], *under, *(f'{key} {value}' for key, value in more.items() if key != 'figure')]
+    name, measure = Path(r['data']).name, re.sub(r'\W+', '_', r['measure'].lower())
+    how = {'metric_args': {key: r[key] for key in ('n', 'attack', 'eps', 'stderr')} | more}
+    how |= {'dataset_split': r['split'], 'metric_name': ', '.join(words)}
+    return EvalResult(task, re.sub(r'\W+', '-', name.lower()), name, measure, r['value'], **how)
+
+
+# =============================================================================================== command line
+CLIP_DIRS = "a CLIP each: a run, a directory of open_clip or of Hugging Face's CLIPModel, or a repository id"
+LLAVA_DIRS = 'a LLaVA each: a run, a directory of Hugging Face, adapters as the authors publish them, or a '
+LLAVA_DIRS += 'repository id; of a language model alone: what it answers without the image'
+HELP = {
+    'seed': 'what samples and random starts are drawn from',
+    'batch_size': 'images at a time, on each process; changes no result',
+    'json': 'file to write what was measured into',
+    'quiet': 'no progress bar',
+    'data': "'easyvqa', or what is said above",
+    'split': 'choose on val, report on test',
+    'n': 'images (questions of each kind), drawn by --seed; 0: all',
+    'attack': '; '.join(f'{name}: {text}' for name, text in ATTACKS.items()),
+    'eps': 'radius in 1/255',
+    'native': "attack before the resize, on the image's own pixels",
+    'plot': 'draw it (png, pdf or svg)',
+    'subset': "captions that the run's --holdout left out, or kept",
+    'root': 'where data sets of torchvision are',
+    'download': 'let torchvision fetch the data set into --root',
+    'classnames': 'file of class names, a line each, line 1 for label 0',
+    'templates': "file of prompts with {c} for the name, a line each; or 'imagenet' (80), 'cifar' (18), …",
+    'font': 'height of the letters in %% of the image',
+    'grid': 'also draw clean | δ | x+δ of one image, targeted',
+    'grid_eps': 'radii of --grid in 1/255',
+    'target': 'class that --grid goes towards; default: a wrong one, drawn by --seed',
+    'transfer_from': 'models to transfer attacks from; default: the other DIRs',
+    'queries': 'of Square Attack',
+    'image': 'file',
+    'labels': "texts to choose from, separated by commas: 'a cat,a dog'",
+    'label': 'the true one, which is attacked; default: what the model sees in the clean image',
+    'image_root': 'folder that the images of the file lie in',
+    'annotations': 'VQAv2: the file of the answers',
+    'questions': 'easyvqa: only what, yes/no or all',
+    'iterations': 'of each round of the attack',
+    'max_new': 'tokens of an answer (TextVQA: 10)',
+    'prompt': "'v1' (Vicuna), 'chat' (the LLM's own template); default: as it was trained, else chat",
+    'threshold': 'CIDEr below which an image is dropped from later rounds (COCO 10, Flickr30k 2)',
+    'targeted': 'sentences: measure how often they can be forced, instead',
+}
+CHOICES = {'subset': ['all', 'held-out', 'seen'], 'prompt': ['', 'v1', 'chat']}
+EVERY = {'seed': 0, 'batch_size': 32, 'json': '', 'quiet': False}
+SET = {'data': ['easyvqa'], 'split': 'test', 'n': 500}
+CLASSES = {**SET, 'root': 'data', 'download': False, 'classnames': '', 'templates': ''}
+ATTACKED = {'attack': 'ensemble', 'native': False}
+ROUNDS = {**SET, 'image_root': '', 'attack': 'ensemble', 'eps': [12.0], 'iterations': 100, 'prompt': ''}
+LETTERS, SHOWN = {'font': [0.0, 5.0, 10.0, 15.0, 20.0, 30.0]}, {'image': None, 'labels': None, 'label': ''}
+COMMANDS = {  # a command: its flags and their defaults; None: it must be given
+    zeroshot: {**CLASSES, **ATTACKED, 'eps': [2.0, 4.0, 8.0, 16.0], 'subset': 'all', 'plot': ''},
+    retrieval: {**SET, **ATTACKED, 'eps': [2.0, 4.0, 8.0], 'plot': ''},
+    typographic: {**CLASSES, **LETTERS, 'plot': '', 'grid': '', 'grid_eps': [16.0, 32.0, 64.0], 'target': ''},
+    audit: {**CLASSES, **ATTACKED, 'n': 100, 'eps': [8.0], 'transfer_from': [], 'queries': 5000},
+    show: {**SHOWN, 'attack': 'ensemble', 'eps': [8.0], 'plot': 'show.png'},
+    vqa: {**ROUNDS, 'max_new': 5, 'annotations': '', 'questions': []},
+    pope: {**ROUNDS, 'max_new': 5},
+    sqa: {**ROUNDS, 'max_new': 5, 'data': None},
+    caption: {**ROUNDS, 'max_new': 20, 'threshold': 10.0, 'targeted': [], 'grid': ''},
+}
+
+
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    plain, listed = argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=plain, allow_abbrev=False)
     commands = parser.add_subparsers(dest='command', required=True)
-
-    def any_command(run, text: str, dirs: str, batch_size: int, drawn: str) -> argparse.ArgumentParser:
-        c = commands.add_parser(run.__name__, help=text, description=run.__doc__, allow_abbrev=False,
-                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-        c.add_argument('dirs', nargs='+', metavar='DIR', help=dirs)
-        c.add_argument('--seed', type=int, default=0, help=f'of {drawn}')
-        c.add_argument('--batch_size', type=int, default=batch_size, help='images at a time, on each process')
-        c.add_argument('--json', default='', metavar='FILE', help='write what was measured')
-        c.add_argument('--quiet', action='store_true', help='no progress bar')
-        c.set_defaults(run=run)
-        return c
-
-    def command(run, text: str, eps: list[float], n: int) -> argparse.ArgumentParser:
-        c = any_command(run, text, "a CLIP each: a run, a directory or weights file of open_clip, a directory of Hugging Face's CLIPModel, or a repository id", 128 if torch.cuda.is_available() else 32, 'the sample and the random starts')
-        c.add_argument('--arch', default='', help="what a DIR that is a file of weights is: open_clip's model configuration, a JSON file or its name")
-        c.add_argument('--tokenizer', default='', metavar='FILE', help='its tokenizer, a tokenizer.json or vocab.txt; default: the one that belongs to --arch')
-        if run is not show:
-            c.add_argument('--data', nargs='+', default=['easyvqa'], help="'easyvqa', a folder (metadata.jsonl; or classnames.txt with "
-                           "SPLIT/*.tar or with a folder for each class), or a class of torchvision.datasets")
-            c.add_argument('--split', default='test', help='choose on val, report on test')
-            c.add_argument('--n', type=int, default=n, help='images, drawn by --seed; 0: all')
-        if run not in (show, retrieval):
-            c.add_argument('--root', default='data', help='where data sets of torchvision are')
-            c.add_argument('--download', action='store_true', help='let torchvision fetch the data set into --root')
-            c.add_argument('--classnames', default='', metavar='FILE', help='class names, a line each, line 1 for label 0')
-            c.add_argument('--templates', default='', metavar='FILE', help="prompts with {c} for the class name, a line each; or 'imagenet' (80), "
-                           "'cifar' (18), …")
-        if run is not typographic:
-            c.add_argument('--attack', default='ensemble', choices=list(ATTACKS), help='; '.join(f'{k}: {v}' for k, (v, _) in ATTACKS.items()))
-            c.add_argument('--eps', type=float, nargs='*' if run in (zeroshot, retrieval) else 1, default=eps, help='radius in 1/255')
-        if run in (zeroshot, retrieval, audit):
-            c.add_argument('--native', action='store_true', help="attack before the resize, on the image's own pixels")
-        if run is not audit:
-            c.add_argument('--plot', default='show.png' if run is show else '', metavar='FILE', help='draw it (png, pdf or svg)')
-        return c
-
-    z = command(zeroshot, 'zero-shot classification, clean and under attack', [2., 4., 8., 16.], 500)
-    z.add_argument('--subset', default='all', choices=['all', 'held-out', 'seen'], help="captions that the run's --holdout left out, or kept")
-    command(retrieval, 'image → text and text → image, clean and under attack', [2., 4., 8.], 500)
-    t = command(typographic, 'a wrong class name written on the image; targeted perturbations at large ε', [], 500)
-    t.add_argument('--font', type=float, nargs='+', default=[0., 5., 10., 15., 20., 30.], help='height of the letters in %% of the image')
-    t.add_argument('--grid', default='', metavar='FILE', help='also draw clean | δ | x+δ of one image, targeted, for every DIR')
-    t.add_argument('--grid_eps', type=float, nargs='+', default=[16., 32., 64.], help='its radii in 1/255')
-    t.add_argument('--target', default='', help='its target class; default: a wrong one, drawn by --seed')
-    a = command(audit, 'checks for gradient masking; exit code 1 if one fails', [8.], 100)
-    a.add_argument('--transfer_from', nargs='*', default=[], metavar='DIR', help='runs to transfer attacks from; default: the other DIRs')
-    a.add_argument('--queries', type=int, default=5000, help='of Square Attack')
-    s = command(show, 'one image, clean and attacked', [8.], 1)
-    s.add_argument('--image', required=True, metavar='FILE')
-    s.add_argument('--labels', required=True, help="texts to choose from, separated by commas: 'a cat,a dog'")
-    s.add_argument('--label', default='', help='the true one, which is attacked; default: what the model sees in the clean image')
-    for run, text, words in ((vqa, 'questions about images: VQA accuracy', 5), (pope, 'hallucination: yes or no', 5),
-                             (sqa, 'ScienceQA, questions with an image', 5), (caption, 'captions: CIDEr; forced sentences', 20)):
-        c = any_command(run, text, "a LLaVA each: a run, a directory of Hugging Face's format, adapters as the authors publish them, or a repository id; of a "
-                        'language model alone: what it answers without the image', 32, 'the sample')
-        what = {vqa: "'easyvqa', or a questions file of VQAv2 or TextVQA", pope: "'easyvqa', or a file of POPE", sqa: 'a folder with problems.json and '
-                'pid_splits.json', caption: "'easyvqa', or a file of Karpathy's or of COCO's captions"}[run]
-        c.add_argument('--data', nargs=1, **({'required': True} if run is sqa else {'default': ['easyvqa']}), help=what)
-        c.add_argument('--split', default='test', help='choose on val, report on test')
-        c.add_argument('--image_root', default='', metavar='DIR', help='where the images of the file lie')
-        c.add_argument('--n', type=int, default=500, help='questions of each kind (images), drawn by --seed; 0: all')
-        c.add_argument('--attack', default='ensemble', choices=['ensemble', 'none'])
-        c.add_argument('--eps', type=float, nargs='*', default=[12.], help='radius in 1/255')
-        c.add_argument('--iterations', type=int, default=100, help='of each round of the attack')
-        c.add_argument('--max_new', type=int, default=words, help='tokens of an answer (TextVQA: 10)')
-        c.add_argument('--prompt', default='', choices=['v1', 'chat'], help="what a question is put into: 'v1' (Vicuna), 'chat' (the LLM's own template); "
-                       "default: as it was trained, else chat where there is a template")
-        c.set_defaults(subset='all', native=False)
-        if run is vqa:
-            c.add_argument('--annotations', default='', metavar='FILE', help='VQAv2: the answers')
-            c.add_argument('--questions', nargs='+', default=[], help='easyvqa: only what, yes/no or all')
-        if run is caption:
-            c.add_argument('--threshold', type=float, default=10., help='CIDEr below which an image is dropped from later rounds (COCO 10, Flickr30k 2)')
-            c.add_argument('--targeted', nargs='+', default=[], metavar='SENTENCE', help='measure how often these can be forced, instead')
-            c.add_argument('--grid', default='', metavar='FILE', help='with --targeted: draw clean | δ | x+δ of one image')
+    for run, defaults in COMMANDS.items():
+        texts = {'help': run.__doc__.split('\n')[0], 'description': run.__doc__}
+        c = commands.add_parser(run.__name__, formatter_class=listed, allow_abbrev=False, **texts)
+        llava = 'iterations' in defaults
+        c.add_argument('dirs', nargs='+', metavar='DIR', help=LLAVA_DIRS if llava else CLIP_DIRS)
+        c.set_defaults(run=run, native=False, attack='', eps=[], data=[])
+        few = ['ensemble', 'none'] if llava else ['ensemble'] if run is audit else list(ATTACKS)
+        for flag, default in {**EVERY, **defaults}.items():
+            if flag == 'batch_size' and torch.cuda.is_available() and not llava:
+                default = 128
+            how = {'default': default, 'help': HELP[flag], 'required': default is None}
+            first = default[0] if isinstance(default, list) and default else default
+            if isinstance(default, bool):
+                how['action'] = 'store_true'
+            else:
+                how['type'] = type(first) if isinstance(first, (int, float)) else str
+                how['choices'] = few if flag == 'attack' else CHOICES.get(flag)
+            if isinstance(default, list) or flag == 'data':
+                how['nargs'] = '*'
+            c.add_argument(f'--{flag}', **how)
     args = parser.parse_args(argv)
-
-    wrong = commands.choices[args.command].error
-    args.dirs = list({os.path.realpath(path): path for path in reversed(args.dirs)}.values())[::-1]  # each once, however it is written
-    for flag in ('eps', 'grid_eps'):
-        if not hasattr(args, flag):
-            continue
-        setattr(args, flag, list({f'{eps:g}': eps for eps in getattr(args, flag)}.values()))  # each once
-        for eps in getattr(args, flag):
-            if not 0 < eps <= 255:
-                wrong(f'--{flag} {eps:g}: must be above 0 and at most 255 (it is in 1/255; the clean accuracy is always shown)')
-            if eps < 0.25:
-                wrong(f'--{flag} {eps:g}: it is in 1/255; did you mean {eps * 255:.3g}?')
-    if getattr(args, 'attack', '') == 'none':
-        args.eps = [] if args.command != 'show' else args.eps
-    for flag, least in (('n', 0), ('batch_size', 1), ('queries', 1), ('iterations', 1), ('max_new', 1)):
-        if getattr(args, flag, least) < least:
-            wrong(f'--{flag} {getattr(args, flag)}: must be at least {least}')
-    if (getattr(args, 'arch', '') or getattr(args, 'tokenizer', '')) and not any(map(os.path.isfile, [*args.dirs, *getattr(args, 'transfer_from', [])])):
-        wrong('--arch and --tokenizer say what a file of weights is, and directories say it themselves: leave them out')
-    if any(not 0 <= size <= 100 for size in getattr(args, 'font', [])):
-        wrong(f'--font {" ".join(f"{size:g}" for size in args.font)}: must be in 0 … 100 (% of the image)')
-    for flag in ('json', 'plot', 'grid'):
-        file = getattr(args, flag, '')
-        if file and not os.path.isdir(os.path.dirname(file) or '.'):  # now, and not after an hour of attacks
-            wrong(f'--{flag} {file}: no folder {os.path.dirname(file)}')
-        if file and flag != 'json' and Path(file).suffix not in ('.png', '.pdf', '.svg'):
-            wrong(f'--{flag} {file}: must end in .png, .pdf or .svg')
+    args.dirs = list({os.path.realpath(p): p for p in reversed(args.dirs)}.values())[::-1]  # each once
+    for message in wrong_flags(args):
+        commands.choices[args.command].error(message)
+    if args.attack == 'none' and args.command != 'show':
+        args.eps = []
     return args
+
+
+def wrong_flags(args):
+    """Yields what cannot be meant. An ε that is given twice counts once."""
+    for flag in {'eps', 'grid_eps'} & set(vars(args)):
+        given = list({f'{eps:g}': eps for eps in getattr(args, flag)}.values())
+        setattr(args, flag, given)
+        for eps in (eps for eps in given if not 0.25 <= eps <= 255):
+            hint = f'; did you mean {eps * 255:.3g}?' if 0 < eps < 0.25 else ''
+            yield f'--{flag} {eps:g}: it is in 1/255, 0.25 … 255; clean is always shown{hint}'
+    if args.command in ('audit', 'show') and len(args.eps) != 1:
+        yield f'--eps: {args.command} takes one'
+    if args.command not in ('zeroshot', 'show') and len(args.data) != 1:
+        yield f'--data {" ".join(args.data)}: {args.command} takes one data set'
+    for flag, least in {'n': 0, 'batch_size': 1, 'queries': 1, 'iterations': 1, 'max_new': 1}.items():
+        if getattr(args, flag, least) < least:
+            yield f'--{flag} {getattr(args, flag)}: must be at least {least}'
+    if not all(0 <= size <= 100 for size in getattr(args, 'font', [])):
+        yield '--font: must be in 0 … 100 (% of the image)'
+    for flag in ('json', 'plot', 'grid'):
+        file = Path(getattr(args, flag, ''))
+        if not file.parent.is_dir():  # now, and not after an hour of attacks
+            yield f'--{flag} {file}: no folder {file.parent}'
+        if flag != 'json' and file.name and file.suffix not in ('.png', '.pdf', '.svg'):
+            yield f'--{flag} {file}: must end in .png, .pdf or .svg'
 
 
 def main(args: argparse.Namespace) -> int:
     """Runs the command; returns the exit code."""
     started = time.time()
-    rank, world, device = clip_adv.start_processes(timedelta(days=7))  # one rank may have the harder images
+    patience = timedelta(days=7)  # one process may have the harder images
+    args.rank, args.world, args.device = data.start_processes(patience)
     try:
-        weights = digests(args.dirs) if rank == 0 else {}  # before: a training may save others meanwhile
-        measured = args.run(args, rank, world, device)
-        code = measured.pop('exit', 0)
-        if rank == 0:
-            report = {'command': shlex.join(['python', 'eval.py', *sys.argv[1:]]), 'commit': clip_adv.commit(), 'versions': clip_adv.versions(),
-                      'device': str(device), 'processes': world, 'seed': args.seed, 'seconds': time.time() - started,
-                      **{k: v for k, v in vars(args).items() if k in ('data', 'split', 'subset', 'attack', 'native', 'eps')}, **measured}
-            try:
-                if args.json:
-                    clip_adv.write(Path(args.json), lambda file: file.write_text(json.dumps(report, indent=2), encoding='utf-8'))
-            finally:
-                keep(report, args, weights)
+        runs = [Path(p) for p in args.dirs if data.is_run(Path(p))]
+        updates = {run: data.updates_of(run) for run in runs}  # now: a training may save others meanwhile
+        found = args.run(args)
+        report = {'command': shlex.join(['python', 'eval.py', *sys.argv[1:]]), 'commit': data.commit()}
+        report |= {'versions': data.versions(), 'device': str(args.device), 'processes': args.world}
+        report |= {'seed': args.seed, 'seconds': time.time() - started}
+        report |= {'rows': found.rows, 'outcomes': found.outcomes}
+        if args.rank == 0:
+            say(args, found.title)
+            table(found.rows, found.down, found.across)
+            if found.plotted and args.plot:
+                curves(Path(args.plot), found)
+            for run in runs if args.command != 'show' else []:
+                keep({**report, 'updates': updates[run]}, run, args)
+            if args.json:
+                data.write(Path(args.json), as_json(report))
     except data.BadImage as e:
-        raise SystemExit(f'error: {e}') from None
+        data.fail(str(e))
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
-    return code
+    return int(any(r.get('verdict') == 'FAIL' for r in found.rows))
 
 
 if __name__ == '__main__':

@@ -1,11 +1,12 @@
-"""`ensemble` beside AutoAttack's own code (pyautoattack), custom set-up of METHOD: APGD-CE × 5, then targeted APGD-DLR × 9.
+"""`ensemble` beside AutoAttack's own code (pyautoattack), custom: APGD-CE × 5, then targeted APGD-DLR × 9.
 
-    python tests/bench_autoattack.py agree REPORT.json --n 500 --eps 4 8     # attacks the images of an eval.py report again
-    python tests/bench_autoattack.py work RUN --eps 8 --n 64 --turns 3       # both take turns: seconds, sample-iterations
+    python tests/bench_autoattack.py agree RUN --n 500 --eps 4 8         # attacks the images of --report
+    python tests/bench_autoattack.py work RUN --eps 8 --n 64 --turns 3   # both take turns: seconds, work
 
-agree: which of the images in the report (`eval.py zeroshot … --json REPORT.json`, attack ensemble) does AutoAttack leave
-standing? work: what does either spend? A sample-iteration is one image in one forward pass.
+agree: which of the images in the report (`eval.py zeroshot … --json REPORT.json`, ensemble) does AutoAttack
+leave standing? work: what does either spend? A sample-iteration is one image in one forward pass.
 """
+
 import argparse
 import json
 import logging
@@ -33,22 +34,29 @@ def load(run: str, split: str, seed: int, n: int):
         text = model.encode_text(tokenizer(CLASSES))
     pairs = data.load_pairs('easyvqa', split)
     rows = torch.randperm(len(pairs), generator=data.generator(seed, 'sample', 0))[:n].tolist()
-    x = torch.stack([data.fit(data.read_image(pairs.files[i]), model.visual.size) for i in rows]).float() / 255
+    x = (
+        torch.stack([data.Fit(model.visual.size)(data.read_image(pairs.files[i])) for i in rows]).float()
+        / 255
+    )
     y = torch.tensor([CLASSES.index(pairs.captions[i]) for i in rows])
 
     def logits(images, idx=None):
         logits.count += len(images)
         return 100 * model(images) @ text.T
+
     logits.count = 0
     return logits, x, y
 
 
 def autoattack(logits, x, y, eps: float, batch_size: int) -> torch.Tensor:
-    """Which images stand, by AutoAttack's own code. (It reseeds the global generator, so that is put back.)"""
+    """Which images stand, by AutoAttack's own code. (It reseeds the global generator, which is put back.)"""
     with torch.random.fork_rng():
-        attack = AutoAttack(logits, norm='Linf', eps=eps, version='custom', attacks=['apgd-ce', 'apgd-t'], seed=0)
+        attack = AutoAttack(
+            logits, norm='Linf', eps=eps, version='custom', attacks=['apgd-ce', 'apgd-t'], seed=0
+        )
         attack.verbose = False
-        assert attack.apgd.n_restarts == 5 and attack.apgd_targeted.n_target_classes == 9 and attack.apgd.n_iter == 100
+        assert attack.apgd.n_restarts == 5 and attack.apgd_targeted.n_target_classes == 9
+        assert attack.apgd.n_iter == 100
         x_adv, _ = attack.run_standard_evaluation(x, y, batch_size=batch_size)
     attacks.check(x, x_adv, eps)
     with torch.no_grad():
@@ -56,10 +64,22 @@ def autoattack(logits, x, y, eps: float, batch_size: int) -> torch.Tensor:
 
 
 def ours(logits, x, y, eps: float, batch_size: int) -> torch.Tensor:
-    noise = lambda restart, i: data.generator(0, f'restart {restart}', i)
-    return torch.cat([~attacks.ensemble(logits, x[part], y[part], eps, lambda restart, i: noise(restart, int(part[i])),
-                                        batch_size=batch_size).done
-                      for part in torch.arange(len(x)).split(8 * batch_size)])  # as eval.py does
+    def noise(restart, i):
+        return data.generator(0, f'restart {restart}', i)
+
+    return torch.cat(
+        [
+            ~attacks.ensemble(
+                logits,
+                x[part],
+                y[part],
+                eps,
+                lambda restart, i, part=part: noise(restart, int(part[i])),
+                batch_size=batch_size,
+            ).done
+            for part in torch.arange(len(x)).split(8 * batch_size)
+        ]
+    )  # as eval.py does
 
 
 def agree(args):
@@ -69,11 +89,27 @@ def agree(args):
         logits, x, y = load(run, args.split, args.seed, args.n)
         start = time.time()
         stands = autoattack(logits, x, y, eps / 255, args.batch_size)
-        found.append({'dir': run, 'eps': eps, 'n': len(x), 'acc': stands.float().mean().item(), 'sample_iterations': logits.count,
-                      'seconds': time.time() - start, 'survives': ''.join(map(str, stands.int().tolist()))})
-        print(f'AutoAttack: {run}, ε = {eps:g}: {100 * found[-1]["acc"]:.1f} % of {len(x)}, {found[-1]["seconds"]:.0f} s', flush=True)
-        report = {'command': ' '.join(['python', *sys.argv]), 'commit': clip_adv.commit(), 'versions': clip_adv.versions(),
-                  'split': args.split, 'seed': args.seed, 'autoattack': found}
+        found.append(
+            {
+                'dir': run,
+                'eps': eps,
+                'n': len(x),
+                'acc': stands.float().mean().item(),
+                'sample_iterations': logits.count,
+                'seconds': time.time() - start,
+                'survives': ''.join(map(str, stands.int().tolist())),
+            }
+        )
+        share = f'{100 * found[-1]["acc"]:.1f} % of {len(x)}'
+        print(f'AutoAttack: {run}, ε = {eps:g}: {share}, {found[-1]["seconds"]:.0f} s', flush=True)
+        report = {
+            'command': ' '.join(['python', *sys.argv]),
+            'commit': clip_adv.commit(),
+            'versions': clip_adv.versions(),
+            'split': args.split,
+            'seed': args.seed,
+            'autoattack': found,
+        }
         if args.json:
             Path(args.json).write_text(json.dumps(report, indent=2))
     compare(report, args.report)
@@ -81,8 +117,12 @@ def agree(args):
 
 def read_report(file, seed, split):
     report = json.loads(Path(file).read_text())
-    if (report['seed'], report['split'], report.get('attack'), report['data']) != (seed, split, 'ensemble', ['easyvqa']):
-        raise SystemExit(f'error: --report {file}: must be of eval.py zeroshot --data easyvqa --attack ensemble --seed {seed} --split {split}')
+    found = {(r['data'], r['split'], r['attack']) for r in report['rows'] if r['eps']}
+    if found != {('easyvqa', split, 'ensemble')} or report['seed'] != seed:
+        raise SystemExit(
+            f'error: --report {file}: must be of eval.py zeroshot --data easyvqa, ensemble, '
+            f'--seed {seed} --split {split}'
+        )
     return report
 
 
@@ -90,11 +130,19 @@ def compare(autoattack_report, report_file):
     """Ours beside AutoAttack's, image by image."""
     theirs = read_report(report_file, autoattack_report['seed'], autoattack_report['split'])
     for row in autoattack_report['autoattack']:
-        ours = next(r for r in theirs['results'] if Path(r['dir']).name == Path(row['dir']).name)['survives'][f'{row["eps"]:g}'][:row['n']]
-        both = list(zip(ours, row['survives'], strict=True))
+        name = Path(row['dir']).name
+        ours = next(
+            o['survives']
+            for o in theirs['outcomes']
+            if Path(o['model']).name == name and o['eps'] == row['eps']
+        )
+        both = list(zip(ours[: row['n']], row['survives'], strict=True))
         acc = [100 * sum(pair[side] == '1' for pair in both) / len(both) for side in (0, 1)]
-        print(f'{row["dir"]}, ε = {row["eps"]:g}/255, n = {row["n"]}: ensemble {acc[0]:.1f} %, AutoAttack {acc[1]:.1f} %, difference '
-              f'{acc[0] - acc[1]:+.1f}; broken by ensemble alone {both.count(("0", "1"))}, by AutoAttack alone {both.count(("1", "0"))}')
+        alone = f'ensemble alone {both.count(("0", "1"))}, by AutoAttack alone {both.count(("1", "0"))}'
+        print(
+            f'{row["dir"]}, ε = {row["eps"]:g}/255, n = {row["n"]}: ensemble {acc[0]:.1f} %, '
+            f'AutoAttack {acc[1]:.1f} %, difference {acc[0] - acc[1]:+.1f}; broken by {alone}'
+        )
 
 
 def work(args):
@@ -102,7 +150,7 @@ def work(args):
         for eps in args.eps:
             logits, x, y = load(run, args.split, args.seed, args.n)
             rows = []
-            for turn in range(args.turns):
+            for _ in range(args.turns):
                 measured = []
                 for attack in (ours, autoattack):
                     logits.count, start = 0, time.perf_counter()
@@ -112,19 +160,30 @@ def work(args):
             seconds = sorted(theirs[0] / mine[0] for mine, theirs in rows)
             (_, count, standing), (_, their_count, their_standing) = rows[0]
             need = standing * 14 * 101  # 14 runs of 100 steps, each with a forward pass on its random start
-            print(f'{run}, ε = {eps:g}/255, n = {args.n}, {standing} stand (AutoAttack: {their_standing}): seconds AutoAttack / ours, median '
-                  f'of {args.turns} turns: {statistics.median(seconds):.2f} ({seconds[0]:.2f} … {seconds[-1]:.2f}), '
-                  f'{statistics.median(m[0] for m, _ in rows):.1f} s ours; sample-iterations {their_count} / {count} = '
-                  f'{their_count / count:.2f}; ours / what the survivors need: '
-                  f'{f"{count / need:.3f}" if need else "no survivor"}; {torch.get_num_threads()} threads, torch {torch.__version__}', flush=True)
+            mine = statistics.median(m[0] for m, _ in rows)
+            print(
+                f'{run}, ε = {eps:g}/255, n = {args.n}, {standing} stand (AutoAttack: {their_standing}): '
+                f'seconds AutoAttack / ours, median of {args.turns} turns: '
+                f'{statistics.median(seconds):.2f} ({seconds[0]:.2f} … {seconds[-1]:.2f}), '
+                f'{mine:.1f} s ours; work {their_count} / {count} = {their_count / count:.2f}; '
+                f'ours / what the survivors need: {f"{count / need:.3f}" if need else "no survivor"}; '
+                f'{torch.get_num_threads()} threads, torch {torch.__version__}',
+                flush=True,
+            )
 
 
 if __name__ == '__main__':
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument('command', choices=['agree', 'work', 'compare'])
     parser.add_argument('run', nargs='+', help='run directories; compare: the JSON file that agree wrote')
-    parser.add_argument('--report', default='results/zeroshot_test.json', help='what eval.py zeroshot --json wrote, on the same images')
-    parser.add_argument('--eps', type=float, nargs='+', default=[4., 8.])
+    parser.add_argument(
+        '--report',
+        default='results/zeroshot_test.json',
+        help='what eval.py zeroshot --json wrote, on the same images',
+    )
+    parser.add_argument('--eps', type=float, nargs='+', default=[4.0, 8.0])
     parser.add_argument('--n', type=int, default=500)
     parser.add_argument('--split', default='test', choices=['test', 'val'])
     parser.add_argument('--seed', type=int, default=0)

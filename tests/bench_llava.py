@@ -1,10 +1,15 @@
-"""Speed and memory of the adversarial step of stage 2, beside a loop around transformers: `python tests/bench_llava.py`
+"""Speed and memory of the adversarial step of stage 2, beside a loop around transformers:
+`python tests/bench_llava.py`
 
-Both train the whole LLM, the projector and the tower of one LLaVA with the same weights, on the same batch (easy-VQA's conversations of
-three questions, prompt v1) with the same attack, and take turns in one process; they are judged by the ratio in each turn. "transformers" is
-what a user would write: LlavaForConditionalGeneration with labels, a PGD loop with torch.autograd.grad around it. Peak memory is that of a
-process which does nothing else. Sizes: `tiny` (llava_adv.py's default) and `smollm2` (a random LLM with SmolLM2-135M's shape).
+Both train the whole LLM, the projector and the tower of one LLaVA with the same weights, on the same batch
+(easy-VQA's conversations of three questions, prompt v1) with the same attack, and take turns in one process;
+they are judged by the ratio in each turn. "transformers" is what a user would write:
+LlavaForConditionalGeneration with labels, a PGD loop with torch.autograd.grad around it. Peak memory is that
+of a process which does nothing else. Sizes: `tiny` (llava_adv.py's default) and `smollm2` (a random LLM with
+SmolLM2-135M's shape).
 """
+
+import functools
 import statistics
 import subprocess
 import sys
@@ -21,30 +26,34 @@ import data
 import llava_adv
 
 EPS, ALPHA, K = 8 / 255, 6 / 255, 2
-SIZES = {'tiny': dict(batch=32, steps=4, turns=7, llm=dict(hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4,
-                                                           num_key_value_heads=4, vocab_size=448)),
-         'smollm2': dict(batch=4, steps=1, turns=5, llm=dict(hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
-                                                             num_key_value_heads=3, vocab_size=49216, rope_theta=100000.))}
+TINY = dict(hidden_size=128, intermediate_size=384, num_hidden_layers=4, vocab_size=448)
+TINY |= dict(num_attention_heads=4, num_key_value_heads=4)
+SMOLLM2 = dict(hidden_size=576, intermediate_size=1536, num_hidden_layers=30, vocab_size=49216)
+SMOLLM2 |= dict(num_attention_heads=9, num_key_value_heads=3, rope_theta=100000.0)
+SIZES = {'tiny': dict(batch=32, steps=4, turns=7, llm=TINY)}
+SIZES['smollm2'] = dict(batch=4, steps=1, turns=5, llm=SMOLLM2)
 
 
 def build(size, folder):
     """A LLaVA with random weights, written as a directory that both open; the batch."""
     how = SIZES[size]
     chats = data.load_chats('easyvqa', 'val', turns=3).chats
-    tokenizer = data.train_llm_tokenizer([text for c in chats for turn in c.turns for text in turn] + [llava_adv.V1_SYSTEM], 440)
+    said = [text for c in chats for turn in c.turns for text in turn]
+    tokenizer = data.train_llm_tokenizer([*said, data.V1_SYSTEM], 440)
     clip, _ = clip_adv.build(clip_adv.Config(), set(), data.Pairs([], ['a red circle'], 'shapes', ''), None)
     with clip_adv.seeded(0):
-        llm = llava_adv.Llama(dict(model_type='llama', tie_word_embeddings=True, max_position_embeddings=2048, rms_norm_eps=1e-5, **how['llm']))
+        common = dict(model_type='llama', tie_word_embeddings=True, max_position_embeddings=2048)
+        llm = llava_adv.Llama(dict(rms_norm_eps=1e-5, **common, **how['llm']))
         for p in llm.parameters():
             if p.ndim > 1:
-                p.data *= .02 / p.std().item()
-        model = llava_adv.LLaVA(clip.visual, llm, tokenizer.image, llava_adv.tower_of(clip) | {'geometry': 'pad'})
+                p.data *= 0.02 / p.std().item()
+        model = llava_adv.LLaVA(clip.visual, clip.cfg, clip.preprocess, llm, tokenizer.image)
     if folder:
-        llava_adv.export(model, tokenizer, folder, 2048)
+        llava_adv.save_llava(model, tokenizer, folder, 2048)
     llava_adv.trainable(model, llava_adv.Config(lora_r=0), 'B')
-    prompt = llava_adv.Prompt(tokenizer, 'v1', model.image_tokens, 2048)
-    fit = llava_adv.fit(model)
-    samples = [data.Sample(fit(data.read_image(c.image)), *prompt(c), i) for i, c in enumerate([c for c in chats if len(c.turns) == 3][:how['batch']])]
+    prompt = data.Prompt(tokenizer, 'v1', model.image_tokens, 2048)
+    chosen = [c for c in chats if len(c.turns) == 3][: how['batch']]
+    samples = [data.Sample(model.fit(data.read_image(c.image)), *prompt(c), i) for i, c in enumerate(chosen)]
     return model, samples, tokenizer.pad
 
 
@@ -53,32 +62,36 @@ def adamw(model):
 
 
 def our_step(model, optimizer, samples, pad):
-    batch = llava_adv.collate(samples, pad)
+    batch = data.collate(samples, pad)
     x = batch.images.float() / 255
     with clip_adv.frozen(model):
         noise = [data.generator(0, 'start', s.number) for s in samples]
-        prefix = model.prefix(batch)
-        x_adv = attacks.pgd(lambda z: model(z, batch, prefix=prefix).sum(), x, EPS, ALPHA, K, attacks.random_start(x, EPS, noise))
+        start = attacks.random_start(x, EPS, noise)
+        x_adv = attacks.pgd(lambda z: model(z, batch).sum(), x, EPS, ALPHA, K, start)
         attacks.check(x, x_adv, EPS)
     (model(x_adv, batch, batch.keys).sum() / len(batch.targets)).backward()
-    torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 1.)
+    torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 1.0)
     optimizer.step()
     optimizer.zero_grad()
 
 
 def their_step(model, optimizer, samples, pad, mean, std):
-    batch = llava_adv.collate(samples, pad)
+    batch = data.collate(samples, pad)
     x, labels = batch.images.float() / 255, torch.full_like(batch.ids, -100)
     labels[batch.rows, batch.columns + 1] = batch.targets
-    loss_of = lambda z: model(input_ids=batch.ids, attention_mask=(batch.ids != pad).long(), pixel_values=(z - mean) / std, labels=labels).loss
+    inputs = dict(input_ids=batch.ids, attention_mask=(batch.ids != pad).long(), labels=labels)
+
+    def loss_of(z):
+        return model(pixel_values=(z - mean) / std, **inputs).loss
+
     delta = torch.empty_like(x).uniform_(-EPS, EPS)
     for _ in range(K):
         delta.requires_grad_()
-        gradient, = torch.autograd.grad(loss_of(x + delta), delta)
+        (gradient,) = torch.autograd.grad(loss_of(x + delta), delta)
         delta = (delta.detach() + ALPHA * gradient.sign()).clamp(-EPS, EPS)
         delta = (x + delta).clamp(0, 1) - x
     loss_of(x + delta).backward()
-    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.)
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
     optimizer.zero_grad()
 
@@ -86,6 +99,7 @@ def their_step(model, optimizer, samples, pad, mean, std):
 def theirs(folder):
     from transformers import LlavaForConditionalGeneration
     from transformers.utils import logging
+
     logging.disable_progress_bar()
     return LlavaForConditionalGeneration.from_pretrained(folder)
 
@@ -98,8 +112,8 @@ def seconds(step, n):
 
 
 def peak_mb(size, whose):
-    out = subprocess.run([sys.executable, __file__, size, whose], capture_output=True, text=True, check=True).stdout
-    return float(out.split()[-1])
+    command = [sys.executable, __file__, size, whose]
+    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
 
 
 def turns(size):
@@ -108,23 +122,27 @@ def turns(size):
         model, samples, pad = build(size, Path(folder))
         other = theirs(folder)
     a, b = adamw(model), adamw(other)
-    ours = lambda: our_step(model, a, samples, pad)
-    hf = lambda: their_step(other, b, samples, pad, model.visual.mean, model.visual.std)
+    ours = functools.partial(our_step, model, a, samples, pad)
+    hf = functools.partial(their_step, other, b, samples, pad, model.visual.mean, model.visual.std)
     ours(), hf()
     n = SIZES[size]['steps']
     return [(seconds(ours, n), seconds(hf, n)) for _ in range(SIZES[size]['turns'])], len(samples[0].ids)
 
 
 def main(sizes):
-    clip_adv.keep_freed_memory()  # for both: what is compared here is the code
     for size in sizes:
         rows, length = turns(size)
         ratios = sorted(theirs / mine for mine, theirs in rows)
+        mine, other = (statistics.median(column) for column in zip(*rows, strict=True))
         memory = [peak_mb(size, whose) for whose in ('ours', 'theirs')]
-        print(f'{size}: batch {SIZES[size]["batch"]}, {length} tokens, K = {K}; ours {statistics.median(r[0] for r in rows):.3f} s, transformers '
-              f'{statistics.median(r[1] for r in rows):.3f} s a step; ratio, median of {len(rows)} turns: {statistics.median(ratios):.2f} '
-              f'({ratios[0]:.2f} … {ratios[-1]:.2f}); peak memory {memory[0]:.0f} and {memory[1]:.0f} MB; {torch.get_num_threads()} threads, '
-              f'torch {torch.__version__}', flush=True)
+        print(
+            f'{size}: batch {SIZES[size]["batch"]}, {length} tokens, K = {K}; '
+            f'ours {mine:.3f} s, transformers {other:.3f} s a step; ratio, median of {len(rows)} turns: '
+            f'{statistics.median(ratios):.2f} ({ratios[0]:.2f} … {ratios[-1]:.2f}); '
+            f'peak memory {memory[0]:.0f} and {memory[1]:.0f} MB; '
+            f'{torch.get_num_threads()} threads, torch {torch.__version__}',
+            flush=True,
+        )
 
 
 if __name__ == '__main__':
@@ -138,8 +156,12 @@ if __name__ == '__main__':
                 model = theirs(folder)
         optimizer = adamw(model)
         for _ in range(2):
-            our_step(model, optimizer, samples, pad) if whose == 'ours' else their_step(model, optimizer, samples, pad, mean, std)
+            if whose == 'ours':
+                our_step(model, optimizer, samples, pad)
+            else:
+                their_step(model, optimizer, samples, pad, mean, std)
         # not getrusage: that is handed down by the process that started this one
-        print(next(int(line.split()[1]) for line in Path('/proc/self/status').read_text().splitlines() if line.startswith('VmHWM')) / 1024)
+        status = Path('/proc/self/status').read_text().splitlines()
+        print(next(int(line.split()[1]) for line in status if line.startswith('VmHWM')) / 1024)
     else:
         main(sys.argv[1:] or SIZES)

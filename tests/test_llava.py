@@ -1,4 +1,5 @@
 """Stage 2: the language model, LLaVA and their files beside transformers', prompts, and bad input."""
+
 import json
 import math
 import subprocess
@@ -14,12 +15,21 @@ import clip_adv
 import data
 import llava_adv
 
-LLAMA3 = {'rope_type': 'llama3', 'factor': 8., 'low_freq_factor': 1., 'high_freq_factor': 4., 'original_max_position_embeddings': 32, 'rope_theta': 500000.}
-SMALL = dict(vocab_size=320, hidden_size=48, intermediate_size=80, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=4,
-             max_position_embeddings=256, bos_token_id=0, eos_token_id=1, pad_token_id=2)
-KINDS = {'llama': {}, 'gqa': dict(num_key_value_heads=2), 'tied': dict(tie_word_embeddings=True, num_key_value_heads=1),
-         'llama3': dict(rope_parameters=LLAMA3), 'linear': dict(rope_parameters={'rope_type': 'linear', 'factor': 2., 'rope_theta': 10000.}),
-         'wide heads': dict(head_dim=16), 'biases': dict(attention_bias=True, mlp_bias=True), 'qwen2': dict(num_key_value_heads=2)}
+LLAMA3 = {'rope_type': 'llama3', 'factor': 8.0, 'low_freq_factor': 1.0, 'high_freq_factor': 4.0}
+LLAMA3 |= {'original_max_position_embeddings': 32, 'rope_theta': 500000.0}
+SMALL = dict(vocab_size=320, hidden_size=48, intermediate_size=80, num_hidden_layers=3, num_attention_heads=4)
+SMALL |= dict(num_key_value_heads=4, max_position_embeddings=256)
+SMALL |= dict(bos_token_id=0, eos_token_id=1, pad_token_id=2)
+KINDS = {
+    'llama': {},
+    'gqa': dict(num_key_value_heads=2),
+    'tied': dict(tie_word_embeddings=True, num_key_value_heads=1),
+    'llama3': dict(rope_parameters=LLAMA3),
+    'linear': dict(rope_parameters={'rope_type': 'linear', 'factor': 2.0, 'rope_theta': 10000.0}),
+    'wide heads': dict(head_dim=16),
+    'biases': dict(attention_bias=True, mlp_bias=True),
+    'qwen2': dict(num_key_value_heads=2),
+}
 
 
 def tokenizer() -> data.LLMTokenizer:
@@ -29,6 +39,7 @@ def tokenizer() -> data.LLMTokenizer:
 def language_model(kind: str):
     """A language model of transformers with random weights (biases and norms, too)."""
     import transformers
+
     with torch.random.fork_rng():
         torch.manual_seed(0)
         if kind == 'qwen2':
@@ -36,7 +47,7 @@ def language_model(kind: str):
         else:
             model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SMALL | KINDS[kind]))
         for p in model.parameters():
-            p.data += .1 * torch.randn(p.shape)
+            p.data += 0.1 * torch.randn(p.shape)
     return model.eval()
 
 
@@ -51,7 +62,7 @@ def ids(n=2, length=40):
     return torch.randint(5, 300, (n, length), generator=torch.Generator().manual_seed(1))
 
 
-# ------------------------------------------------------------------------------------------------- beside transformers
+# ---------------------------------------------------------------------------------------- beside transformers
 @pytest.mark.parametrize('kind', KINDS)
 def test_llama_equals_transformers(tmp_path, kind):
     """Logits and the gradient with respect to the embeddings, of every position and of the last ones only."""
@@ -62,7 +73,8 @@ def test_llama_equals_transformers(tmp_path, kind):
     a, b = theirs(inputs_embeds=x).logits, ours.lm_head(ours(z))
     assert (a - b[..., :320]).abs().max() <= 1e-4 * a.abs().max()
     weights = torch.randn(a.shape, generator=torch.Generator().manual_seed(2))
-    g, h = torch.autograd.grad((a * weights).sum(), x)[0], torch.autograd.grad((b[..., :320] * weights).sum(), z)[0]
+    (g,) = torch.autograd.grad((a * weights).sum(), x)
+    (h,) = torch.autograd.grad((b[..., :320] * weights).sum(), z)
     assert (g - h).abs().max() <= 1e-4 * g.abs().max()
     late = ours.lm_head(ours(z, start=33))
     assert late.shape[1] == 7 and torch.allclose(late, b[:, 33:], atol=1e-5)
@@ -74,40 +86,30 @@ def test_generation_equals_transformers(tmp_path, kind):
     theirs = language_model(kind)
     ours, tok = llava_adv.load_llm(str(saved(theirs, tmp_path)), torch.float32)
     model = connected(ours, tok.image)
-    prompts = [row[:n].tolist() for row, n in zip(ids(3), (40, 13, 27))]
+    prompts = [row[:n].tolist() for row, n in zip(ids(3), (40, 13, 27), strict=True)]
     together = llava_adv.generate(model, torch.empty(0, 3, 1, 1), prompts, 12, {1})
-    for prompt, answer in zip(prompts, together):
-        expected = theirs.generate(torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=torch.long), max_new_tokens=12,
-                                   do_sample=False)[0, len(prompt):].tolist()
-        assert answer == expected[:expected.index(1)] if 1 in expected else answer == expected
+    for prompt, answer in zip(prompts, together, strict=True):
+        how = dict(attention_mask=torch.ones(1, len(prompt), dtype=torch.long), max_new_tokens=12)
+        expected = theirs.generate(torch.tensor([prompt]), do_sample=False, **how)[0, len(prompt) :].tolist()
+        assert answer == expected[: expected.index(1)] if 1 in expected else answer == expected
         assert llava_adv.generate(model, torch.empty(0, 3, 1, 1), [prompt], 12, {1}) == [answer]
 
 
-def test_sampling():
-    """top_p keeps the fewest tokens that reach it; the temperature sharpens; each row draws from its own generator."""
-    logits = torch.tensor([.5, .3, .15, .05]).log()
-    g = torch.Generator().manual_seed(0)
-    drawn = [llava_adv.pick(logits, 1., .7, g) for _ in range(2000)]
-    assert set(drawn) == {0, 1} and drawn.count(0) / 2000 == pytest.approx(.625, abs=.04)
-    assert set(llava_adv.pick(logits, 1., 1., g) for _ in range(500)) == {0, 1, 2, 3}
-    assert set(llava_adv.pick(logits, .01, 1., g) for _ in range(100)) == {0}
-    with clip_adv.seeded(0):
-        model = connected(llava_adv.Llama(dict(SMALL, model_type='llama')), 319)
-    prompts = [row.tolist() for row in ids(3, 9)]
-    draw = lambda rows: llava_adv.generate(model, torch.empty(0, 3, 1, 1), [prompts[r] for r in rows], 8, set(), 1., .9,
-                                           [data.generator(0, 'answer', r) for r in rows])
-    assert draw([0, 1, 2]) == draw([0]) + draw([1, 2])
-
-
 def tower(**vision):
-    model = clip_adv.create(dict(embed_dim=16, vision_cfg=dict(image_size=16, patch_size=4, width=32, layers=3, head_width=16, **vision),
-                                 text_cfg=dict(width=16, heads=2, layers=1, vocab_size=50, context_length=8)), clip_adv.OUR_PREPROCESS, 3)
-    return model.visual, llava_adv.tower_of(model) | {'geometry': 'pad'}
+    """(image tower, clip_cfg, preprocess)"""
+    vision = dict(image_size=16, patch_size=4, width=32, layers=3, head_width=16, **vision)
+    text = dict(width=16, heads=2, layers=1, vocab_size=50, context_length=8)
+    model_cfg = dict(embed_dim=16, vision_cfg=vision, text_cfg=text)
+    config = {'model_cfg': model_cfg, 'preprocess_cfg': clip_adv.IMAGENET}
+    with clip_adv.seeded(3):
+        model = clip_adv.CLIP(*clip_adv.from_open_clip(config, 'a test'))
+    return model.visual, model.cfg, model.preprocess
 
 
 def connected(llm, image_id):
+    visual = tower()
     with clip_adv.seeded(0):
-        return llava_adv.LLaVA(tower()[0], llm, image_id, tower()[1])
+        return llava_adv.LLaVA(*visual, llm, image_id)
 
 
 def llava(place, kind='gqa', **vision):
@@ -115,39 +117,42 @@ def llava(place, kind='gqa', **vision):
     llm, tok = llava_adv.load_llm(str(saved(language_model(kind), place)), torch.float32)
     with torch.random.fork_rng():
         torch.manual_seed(4)
-        visual, how = tower(**vision)
+        visual, clip_cfg, preprocess = tower(**vision)
         for p in visual.parameters():
-            p.data += .05 * torch.randn(p.shape)
-        model = llava_adv.LLaVA(visual, llm, tok.image, how)
+            p.data += 0.05 * torch.randn(p.shape)
+        model = llava_adv.LLaVA(visual, clip_cfg, preprocess, llm, tok.image)
     return model.eval(), tok
 
 
 def samples(model, tok):
     """With an image and without, with different lengths and numbers of supervised tokens."""
-    prompt = llava_adv.Prompt(tok, 'v1', model.image_tokens, 512)
-    chats = [data.Chat('an image', [('<image>\nwhat color is the circle?', 'red'), ('is it?', 'a red circle, yes')], ''),
-             data.Chat(None, [('what is red?', 'circle')], ''), data.Chat('an image', [('<image>\nwhat?', 'no')], '')]
+    prompt = data.Prompt(tok, 'v1', model.image_tokens, 512)
+    two = [('<image>\nwhat color is the circle?', 'red'), ('is it?', 'a red circle, yes')]
+    chats = [data.Chat('an image', two, ''), data.Chat(None, [('what is red?', 'circle')], '')]
+    chats += [data.Chat('an image', [('<image>\nwhat?', 'no')], '')]
     g = torch.Generator().manual_seed(5)
-    return [data.Sample(torch.randint(256, (3, 16, 16), generator=g).byte() if c.image else None, *prompt(c), i) for i, c in enumerate(chats)]
+    images = [torch.randint(256, (3, 16, 16), generator=g).byte() if c.image else None for c in chats]
+    return [data.Sample(images[i], *prompt(c), i) for i, c in enumerate(chats)]
 
 
 @pytest.mark.parametrize('kind', ['gqa', 'tied', 'qwen2'])
 def test_llava_equals_transformers(tmp_path, kind):
-    """What is exported opens in transformers with no key too many or too few; loss, and its gradient in the pixels, are equal.
-    The loss of ours comes from the supervised positions alone."""
+    """What is exported opens in transformers with no key too many or too few; loss, and its gradient in the
+    pixels, are equal. The loss of ours comes from the supervised positions alone."""
     from transformers import LlavaForConditionalGeneration
+
     model, tok = llava(tmp_path, kind)
     out = tmp_path / 'out'
     out.mkdir()
-    llava_adv.export(model, tok, out, 512)
+    llava_adv.save_llava(model, tok, out, 512)
     theirs, info = LlavaForConditionalGeneration.from_pretrained(out, output_loading_info=True)
     assert not any(info.values()), info
-    batch = llava_adv.collate(samples(model, tok), tok.pad)
+    batch = data.collate(samples(model, tok), tok.pad)
     x = (batch.images.float() / 255).requires_grad_()
     labels = torch.full_like(batch.ids, -100)
     labels[batch.rows, batch.columns + 1] = batch.targets
-    loss = theirs.eval()(input_ids=batch.ids, pixel_values=(x - model.visual.mean) / model.visual.std, labels=labels,
-                         attention_mask=(batch.ids != tok.pad).long()).loss
+    inputs = dict(input_ids=batch.ids, attention_mask=(batch.ids != tok.pad).long(), labels=labels)
+    loss = theirs.eval()(pixel_values=(x - model.visual.mean) / model.visual.std, **inputs).loss
     ours = model(x, batch).sum() / len(batch.targets)
     assert ours.item() == pytest.approx(loss.item(), rel=1e-5)
     a, b = torch.autograd.grad(loss, x)[0], torch.autograd.grad(ours, x)[0]
@@ -159,40 +164,45 @@ def test_llava_equals_transformers(tmp_path, kind):
 
 def test_adapters_are_merged_when_saved(tmp_path):
     model, tok = llava(tmp_path)
-    cfg = llava_adv.Config(lora_r=4, lora_alpha=8.)
+    cfg = llava_adv.Config(lora_r=4, lora_alpha=8.0)
     llava_adv.trainable(model, cfg, 'B')
-    batch = llava_adv.collate(samples(model, tok), tok.pad)
+    batch = data.collate(samples(model, tok), tok.pad)
     x = batch.images.float() / 255
     before = model(x, batch)
     for name, p in model.named_parameters():
         if 'lora_B' in name:
-            p.data = .05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(6))
+            p.data = 0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(6))
     changed = model(x, batch)
     assert (changed - before).abs().min() > 1e-2
-    llava_adv.export(model, tok, tmp_path, 512)
+    llava_adv.save_llava(model, tok, tmp_path, 512)
     again, _ = llava_adv.load_llava(str(tmp_path))
     assert torch.allclose(again(x, batch), changed, rtol=1e-4)
 
 
 def test_what_is_trained(tmp_path):
-    """A: the projector. B: adapters on every linear layer of the LLM but its head, projector, and the tower without its last block."""
+    """A: the projector. B: adapters on every linear layer of the LLM but its head, the projector, and the
+    tower without its last block."""
     model, _ = llava(tmp_path)
     llava_adv.trainable(model, llava_adv.Config(), 'A')
-    trained = lambda: {n for n, p in model.named_parameters() if p.requires_grad}
+
+    def trained():
+        return {n for n, p in model.named_parameters() if p.requires_grad}
+
     assert trained() == {n for n, _ in model.named_parameters() if n.startswith('projector.')}
     groups = llava_adv.trainable(model, llava_adv.Config(lora_r=2, lr=1, lr_projector=2, lr_tower=3), 'B')
     assert [g['peak'] for g in groups] == [1, 2, 3]
     names = trained()
-    assert sum('lora_' in n for n in names) == 3 * 7 * 2 and not any('lm_head' in n or 'embed_tokens' in n or 'norm' in n for n in names if n.startswith('llm.'))
-    visual = {n for n in names if n.startswith('visual.')}
-    assert 'visual.conv1.weight' in visual and not any('resblocks.2' in n or 'ln_post' in n for n in visual)
-    assert {n for n, _ in model.named_parameters() if n.startswith('visual.')} - visual == {
-        n for n, _ in model.named_parameters() if 'resblocks.2' in n or 'ln_post' in n}
+    assert sum('lora_' in n for n in names) == 3 * 7 * 2
+    llm = [n for n in names if n.startswith('llm.')]
+    assert not any(part in n for n in llm for part in ('lm_head', 'embed_tokens', 'norm'))
+    visual = {n for n, _ in model.named_parameters() if n.startswith('visual.')}
+    assert 'visual.conv1.weight' in names
+    assert visual - names == {n for n in visual if 'resblocks.2' in n or 'ln_post' in n} != set()
 
 
 def test_the_last_block_is_not_run(tmp_path):
     model, tok = llava(tmp_path)
-    batch = llava_adv.collate(samples(model, tok), tok.pad)
+    batch = data.collate(samples(model, tok), tok.pad)
     before = model(batch.images.float() / 255, batch)
     for p in [*model.visual.transformer.resblocks[-1].parameters(), *model.visual.ln_post.parameters()]:
         p.data.fill_(float('nan'))
@@ -200,59 +210,40 @@ def test_the_last_block_is_not_run(tmp_path):
 
 
 def test_dropout_belongs_to_the_sample():
-    """Same mask alone and in a batch, for a part of the tokens and for all; the share is p; layers and samples differ."""
-    keys = torch.tensor([3, -7, 2 ** 31 - 5], dtype=torch.int32)
+    """Same mask alone and in a batch, for a part of the tokens and for all; the share is p; layers and
+    samples differ."""
+    keys = torch.tensor([3, -7, 2**31 - 5], dtype=torch.int32)
     x = torch.ones(3, 50, 64)
-    whole = llava_adv.drop(x, keys, 0, .3)
-    assert torch.equal(whole[1:2], llava_adv.drop(x[1:2], keys[1:2], 0, .3)) and torch.equal(whole[:, 20:], llava_adv.drop(x[:, 20:], keys, 20, .3))
-    assert whole.unique().tolist() == pytest.approx([0., 1 / .7])
+    whole = llava_adv.drop(x, keys, 0, 0.3)
+    assert torch.equal(whole[1:2], llava_adv.drop(x[1:2], keys[1:2], 0, 0.3))
+    assert torch.equal(whole[:, 20:], llava_adv.drop(x[:, 20:], keys, 20, 0.3))
+    assert whole.unique().tolist() == pytest.approx([0.0, 1 / 0.7])
     kept = whole != 0
     for share in (kept.float().mean(), *kept.float().mean((1, 2))):
-        assert share == pytest.approx(.7, abs=.03)
-    for a, b in ((kept[0], kept[1]), (kept[0, :-1], kept[0, 1:]), (kept[0, :, :-1], kept[0, :, 1:]),
-                 (kept, llava_adv.drop(x, keys + 12345, 0, .3) != 0)):
-        assert (a == b).float().mean() == pytest.approx(.58, abs=.03)  # .7² + .3²: independent
+        assert share == pytest.approx(0.7, abs=0.03)
+    for a, b in (
+        (kept[0], kept[1]),
+        (kept[0, :-1], kept[0, 1:]),
+        (kept[0, :, :-1], kept[0, :, 1:]),
+        (kept, llava_adv.drop(x, keys + 12345, 0, 0.3) != 0),
+    ):
+        assert (a == b).float().mean() == pytest.approx(0.58, abs=0.03)  # .7² + .3²: independent
 
 
 def test_checkpointing_changes_nothing(tmp_path):
     model, tok = llava(tmp_path)
     llava_adv.trainable(model, llava_adv.Config(lora_r=2), 'B')
-    batch = llava_adv.collate(samples(model, tok), tok.pad)
+    batch = data.collate(samples(model, tok), tok.pad)
     gradients = []
     for on in (False, True):
         model.llm.checkpointing = on
         model.zero_grad()
         model(batch.images.float() / 255, batch, batch.keys).sum().backward()
         gradients.append([p.grad.clone() for p in model.parameters() if p.requires_grad])
-    assert all(torch.equal(a, b) for a, b in zip(*gradients))
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
-@pytest.mark.parametrize('kind, checkpointing', [('gqa', False), ('qwen2', True)])
-def test_what_stands_before_the_image_is_computed_once(tmp_path, kind, checkpointing):
-    """The attack's loss and gradient are the same; where the image comes late, only up to the first answer; a short prefix is not kept."""
-    model, tok = llava(tmp_path, kind)
-    model.requires_grad_(False)
-    model.llm.checkpointing = checkpointing
-    prompt = llava_adv.Prompt(tok, 'v1', model.image_tokens, 512)
-    late = data.Chat('an image', [('what is red?', 'circle'), ('<image>\nand this?', 'no')], '')
-    both = [s for s in samples(model, tok) if s.image is not None]
-    for chosen in (both, [*both, data.Sample(both[0].image, *prompt(late), 2)]):
-        batch = llava_adv.collate(chosen, tok.pad)
-        x = (batch.images.float() / 255).requires_grad_()
-        prefix = model.prefix(batch)
-        assert 20 < prefix.length <= min(batch.start, int((batch.ids == model.image_id).int().argmax(1).min())) and prefix.length == len(prefix.positions)
-        plain = model(x, batch)
-        expected, = torch.autograd.grad(plain.sum(), x)
-        for _ in range(2):  # a step of the attack, and the next
-            value = model(x, batch, prefix=prefix)
-            found, = torch.autograd.grad(value.sum(), x)
-            assert (value - plain).abs().max() <= 1e-5 * plain.abs().max() and (found - expected).abs().max() <= 1e-5 * expected.abs().max() > 0
-    tok.chat_template = data.SHORT_TEMPLATE
-    short = llava_adv.Prompt(tok, 'chat', model.image_tokens, 512)
-    assert model.prefix(llava_adv.collate([data.Sample(both[0].image, *short(data.Chat('x', [('<image>\n' + 9 * 'what color? ', 'no')], '')), 0)], tok.pad)) is None
-
-
-# ---------------------------------------------------------------------------------------------------- files of language models
+# ----------------------------------------------------------------------------------- files of language models
 @pytest.mark.parametrize('how', ['sharded', 'bin', 'sharded bin'])
 def test_every_kind_of_weights(tmp_path, how):
     theirs = language_model('gqa')
@@ -267,7 +258,8 @@ def test_every_kind_of_weights(tmp_path, how):
             parts = {'pytorch_model-1.bin': names[:10], 'pytorch_model-2.bin': names[10:]}
             for file, part in parts.items():
                 torch.save({n: weights[n] for n in part}, place / file)
-            (place / 'pytorch_model.bin.index.json').write_text(json.dumps({'weight_map': {n: f for f, part in parts.items() for n in part}}))
+            index = {'weight_map': {n: file for file, part in parts.items() for n in part}}
+            (place / 'pytorch_model.bin.index.json').write_text(json.dumps(index))
     else:
         assert len(list(place.glob('model-*.safetensors'))) > 2
     ours, _ = llava_adv.load_llm(str(place), torch.float32)
@@ -275,9 +267,12 @@ def test_every_kind_of_weights(tmp_path, how):
 
 
 def test_loading_needs_no_second_copy(tmp_path):
-    """Peak anonymous memory above the start: at most 1.2 × the parameters in the target dtype, here half of the stored one."""
+    """Peak anonymous memory above the start: at most 1.2 × the parameters in the target dtype, here half of
+    the stored one."""
     from safetensors.torch import save_file
-    config = dict(SMALL, model_type='llama', vocab_size=32000, hidden_size=512, intermediate_size=1536, num_hidden_layers=16)
+
+    sizes = dict(vocab_size=32000, hidden_size=512, intermediate_size=1536, num_hidden_layers=16)
+    config = dict(SMALL, model_type='llama') | sizes
     with torch.device('meta'):
         shapes = {n: p.shape for n, p in llava_adv.Llama(config).named_parameters()}
     parameters = sum(math.prod(shape) for shape in shapes.values())
@@ -309,17 +304,24 @@ print((peak - start) / (2 * {parameters}))
 '''
     done = subprocess.run([sys.executable, '-c', code], env=environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert .9 < float(done.stdout) <= 1.2, done.stdout
+    assert 0.9 < float(done.stdout) <= 1.2, done.stdout
 
 
 def test_weights_that_do_not_fit(tmp_path):
     place = saved(language_model('gqa'), tmp_path)
     config = json.loads((place / 'config.json').read_text())
-    for change, message in [(dict(num_hidden_layers=4), r'model.layers.3.mlp.down_proj.weight: missing, \(48, 80\) expected'),
-                            (dict(num_hidden_layers=2), r'model.layers.2.input_layernorm.weight: surplus, \(48,\)'),
-                            (dict(intermediate_size=64), r'gate_proj.weight: \(80, 48\), \(64, 48\) expected'),
-                            (dict(model_type='gemma'), 'model_type is .gemma.; supported: llama, qwen2'), (dict(hidden_act='gelu'), 'hidden_act'),
-                            (dict(rope_parameters={'rope_type': 'yarn', 'factor': 2}), 'rope scaling.*yarn'), (dict(num_key_value_heads=3), '3 key heads')]:
+    for change, message in [
+        (dict(num_hidden_layers=4), r'model.layers.3.mlp.down_proj.weight: missing, \(48, 80\) expected'),
+        (dict(num_hidden_layers=2), r'model.layers.2.input_layernorm.weight: surplus, \(48,\)'),
+        (
+            dict(intermediate_size=64),
+            r'gate_proj.weight: torch.float32 \(80, 48\), floating point \(64, 48\) ex',
+        ),
+        (dict(model_type='gemma'), "model_type is 'gemma'; supported: .*'llama', 'qwen2'"),
+        (dict(hidden_act='gelu'), 'hidden_act'),
+        (dict(rope_parameters={'rope_type': 'yarn', 'factor': 2}), 'rope scaling.*yarn'),
+        (dict(num_key_value_heads=3), '3 key heads'),
+    ]:
         (place / 'config.json').write_text(json.dumps(config | change))
         with pytest.raises(SystemExit, match=message):
             llava_adv.load_llm(str(place), torch.float32)
@@ -336,17 +338,21 @@ def test_weights_that_do_not_fit(tmp_path):
 
 def test_tokenizers_without_special_tokens(tmp_path):
     place = saved(language_model('gqa'), tmp_path)
-    config, settings = (json.loads((place / name).read_text()) for name in ('config.json', 'tokenizer_config.json'))
-    less = lambda d, *names: {k: v for k, v in d.items() if k not in names}
-    (place / 'config.json').write_text(json.dumps(less(config, 'bos_token_id', 'eos_token_id', 'pad_token_id')))
-    (place / 'tokenizer_config.json').write_text(json.dumps(less(settings, 'bos_token', 'pad_token')))
+    files = [place / name for name in ('config.json', 'tokenizer_config.json')]
+    config, settings = (json.loads(file.read_text()) for file in files)
+
+    def less(file, content, *names):
+        file.write_text(json.dumps({k: v for k, v in content.items() if k not in names}))
+
+    less(files[0], config, 'bos_token_id', 'eos_token_id', 'pad_token_id')
+    less(files[1], settings, 'bos_token', 'pad_token')
     tok = data.read_llm_tokenizer(place)  # no start: none is written; no padding: it gets one
     assert tok.bos is None and tok.pad is not None
-    assert llava_adv.Prompt(tok, 'v1', 4, 99).text([('a', None)])[0][0].startswith('A chat')
-    (place / 'tokenizer_config.json').write_text(json.dumps(less(settings, 'eos_token')))
-    with pytest.raises(SystemExit, match='no end-of-text token.*tokenizer_config.json'):
+    assert data.Prompt(tok, 'v1', 4, 99).text([('a', None)])[0][0].startswith('A chat')
+    less(files[1], settings, 'eos_token')
+    with pytest.raises(SystemExit, match='eos_token None is not in the tokenizer; see tokenizer_config.json'):
         data.read_llm_tokenizer(place)
-    (place / 'tokenizer_config.json').write_text(json.dumps(settings | {'bos_token': '<nothing>'}))
+    files[1].write_text(json.dumps(settings | {'bos_token': '<nothing>'}))
     with pytest.raises(SystemExit, match="bos_token '<nothing>'"):
         data.read_llm_tokenizer(place)
     (place / 'tokenizer.json').unlink()
@@ -357,12 +363,16 @@ def test_tokenizers_without_special_tokens(tmp_path):
 def test_sentencepiece(tmp_path):
     """A Llama tokenizer.model reads as sentencepiece does, with special tokens cut out of the text first."""
     import sentencepiece
-    words = [f'{a} {b} {c}' for a in ('what color is', 'is there a', 'a picture of') for b in ('red', 'blue', 'green', 'yellow') for c in ('circle', 'triangle?', 'shape.')]
+
+    begin, colours = ('what color is', 'is there a', 'a picture of'), ('red', 'blue', 'green', 'yellow')
+    words = [f'{a} {b} {c}' for a in begin for b in colours for c in ('circle', 'triangle?', 'shape.')]
     (tmp_path / 'text').write_text('\n'.join(words * 20))
-    sentencepiece.SentencePieceTrainer.train(input=str(tmp_path / 'text'), model_prefix=str(tmp_path / 'tokenizer'), vocab_size=340, model_type='bpe',
-                                             byte_fallback=True, normalization_rule_name='identity', remove_extra_whitespaces=False,
-                                             split_digits=True, minloglevel=2)
-    (tmp_path / 'tokenizer_config.json').write_text(json.dumps({'bos_token': '<s>', 'eos_token': {'content': '</s>'}}))
+    places = dict(input=str(tmp_path / 'text'), model_prefix=str(tmp_path / 'tokenizer'), minloglevel=2)
+    llama = dict(model_type='bpe', byte_fallback=True, split_digits=True, normalization_rule_name='identity')
+    how = dict(vocab_size=340, remove_extra_whitespaces=False)
+    sentencepiece.SentencePieceTrainer.train(**places, **llama, **how)
+    settings = {'bos_token': '<s>', 'eos_token': {'content': '</s>'}}
+    (tmp_path / 'tokenizer_config.json').write_text(json.dumps(settings))
     tok = data.read_llm_tokenizer(tmp_path)
     sp = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / 'tokenizer.model'))
     for text in ('what color is the circle?', 'a  blue\nüñ☃ 123', 'triangle', 'red red'):
@@ -374,104 +384,130 @@ def test_sentencepiece(tmp_path):
     assert tok.image == 340 and tok.pad == 341 and tok.encode('<image>')[0] == [340]
 
 
-# --------------------------------------------------------------------------------------------------------------- prompts
+# ---------------------------------------------------------------------------------------------------- prompts
 def test_prompts_and_what_is_supervised():
     tok = tokenizer()
     chat = data.Chat('x', [('<image>\nwhat color?', 'red'), ('sure?', 'yes')], '')
 
     def read(style):
-        out, labels = llava_adv.Prompt(tok, style, 3, 999)(chat)
-        text = lambda keep: tok.backend.decode([i for i, l in zip(out, labels) if l in keep], skip_special_tokens=False)
-        return text((True, False)), text((True,))
-    v1 = llava_adv.V1_SYSTEM
-    assert read('v1') == (f'<s>{v1} USER: <image><image><image>\nwhat color? ASSISTANT: red</s>USER: sure? ASSISTANT: yes</s>', ' red</s> yes</s>')
+        out, labels = data.Prompt(tok, style, 3, 999)(chat)
+        predicted = [token for token, label in zip(out, labels, strict=True) if label]
+        return tuple(tok.backend.decode(tokens, skip_special_tokens=False) for tokens in (out, predicted))
+
+    turns = 'USER: <image><image><image>\nwhat color? ASSISTANT: red</s>USER: sure? ASSISTANT: yes</s>'
+    assert read('v1') == (f'<s>{data.V1_SYSTEM} {turns}', ' red</s> yes</s>')
     assert read('plain') == ('<s><image><image><image>red\n', 'red\n')
-    assert read('chat') == ('<s>USER: <image><image><image>\nwhat color? ASSISTANT: red</s>USER: sure? ASSISTANT: yes</s>', ' red</s> yes</s>')
-    tok.chat_template = ("{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] }}{{ eos_token }}\n{% endfor %}"
-                         "{% if add_generation_prompt %}<|assistant|>\n{% endif %}")
+    assert read('chat') == (f'<s>{turns}', ' red</s> yes</s>')
+    tok.chat_template = (
+        "{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] }}{{ eos_token }}\n{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+    )
     assert read('chat')[1] == 'red</s>yes</s>'
     tok.chat_template = "{{ raise_exception('no') }}"
-    with pytest.raises(SystemExit, match='chat template of the LLM: TemplateError: no; use --prompt v1'):
+    with pytest.raises(SystemExit, match='template of the LLM ends in TemplateError: no; use --prompt v1'):
         read('chat')
     tok.chat_template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
     with pytest.raises(SystemExit, match="does not put its end-of-text token '</s>' behind an answer"):
         read('chat')
     tok.chat_template = None
     with pytest.raises(SystemExit, match='--prompt v1'):
-        llava_adv.Prompt(tok, 'chat', 3, 99)
+        data.Prompt(tok, 'chat', 3, 99)
 
 
 def test_chat_templates_of_models_that_see():
-    """They take a list of images and texts; what a template shows of neither is an error and not an empty prompt."""
-    parts = ("{% for m in messages %}{{ m['role'] }}: {% for c in m['content'] | selectattr('type', 'equalto', 'image') %}<image>\n{% endfor %}"
-             "{% for c in m['content'] | selectattr('type', 'equalto', 'text') %}{{ c['text'] }}{% endfor %}{{ eos_token }}{% endfor %}"
-             "{% if add_generation_prompt %}assistant: {% endif %}")
+    """They take a list of images and texts; what a template shows of neither is an error, no empty prompt."""
     tok = tokenizer()
-    tok.chat_template = parts
-    text = llava_adv.Prompt(tok, 'chat', 1, 99).text([('<image>\nwhat color?', 'red'), ('sure?', None)])
-    assert ''.join(t for t, _ in text) == 'user: <image>\nwhat color?</s>assistant: red</s>user: sure?</s>assistant: ' and ('red</s>', True) in text
+    tok.chat_template = (
+        "{% for m in messages %}{{ m['role'] }}: "
+        "{% for c in m['content'] | selectattr('type', 'equalto', 'image') %}<image>\n{% endfor %}"
+        "{% for c in m['content'] | selectattr('type', 'equalto', 'text') %}{{ c['text'] }}{% endfor %}"
+        "{{ eos_token }}{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    text = data.Prompt(tok, 'chat', 1, 99).text([('<image>\nwhat color?', 'red'), ('sure?', None)])
+    expected = 'user: <image>\nwhat color?</s>assistant: red</s>user: sure?</s>assistant: '
+    assert ''.join(t for t, _ in text) == expected and ('red</s>', True) in text
     tok = tokenizer()
     tok.chat_template = "{% for m in messages %}{{ m['role'] }}{% endfor %}"
     with pytest.raises(SystemExit, match='does not show what the user says'):
-        llava_adv.Prompt(tok, 'chat', 1, 99).text([('what?', 'red')])
+        data.Prompt(tok, 'chat', 1, 99).text([('what?', 'red')])
 
 
 def test_a_prompt_to_continue_begins_like_the_training_text():
     """Generation starts from exactly the tokens that training predicted the answer from."""
     tok = tokenizer()
     for style in ('plain', 'v1', 'chat'):
-        prompt = llava_adv.Prompt(tok, style, 5, 999)
+        prompt = data.Prompt(tok, style, 5, 999)
         whole, labels = prompt.encode([('<image>\nwhat color?', 'red')])
-        assert prompt.encode([('<image>\nwhat color?', None)])[0] == whole[:labels.index(True)]
+        assert prompt.encode([('<image>\nwhat color?', None)])[0] == whole[: labels.index(True)]
 
 
 def test_samples_without_an_answer():
-    prompt = llava_adv.Prompt(tokenizer(), 'chat', 64, 70)
-    with pytest.raises(SystemExit, match=r"file.json, entry 7: its answers are cut off: it has \d+ tokens, 64 of them.*--max_length is 70"):
-        prompt(data.Chat('x', [('<image>\n' + 'what color is the circle? ' * 9, 'red')], 'file.json, entry 7'))
-    with pytest.raises(SystemExit, match=r'entry 8: its image \(64 tokens\) is cut off at --max_length 70'):
-        prompt(data.Chat('x', [('what color?', 'red'), ('<image>\nand here?', 'red')], 'file.json, entry 8'))
-    with pytest.raises(SystemExit, match='entry 9: no image, and sub-stage A needs one'):
-        llava_adv.Prompt(tokenizer(), 'plain', 64, 99)(data.Chat(None, [('hello', 'hi')], 'file.json, entry 9'))
+    prompt = data.Prompt(tokenizer(), 'chat', 64, 70)
+    limit = r'\(\d+ tokens, 64 of an image; --max_length is 70\)'
+    long = data.Chat('x', [('<image>\n' + 'what color is the circle? ' * 9, 'red')], 'file.json, entry 7')
+    with pytest.raises(SystemExit, match='file.json, entry 7: no answer to predict is left ' + limit):
+        prompt(long)
+    late = data.Chat('x', [('what color?', 'red'), ('<image>\nand here?', 'red')], 'file.json, entry 8')
+    with pytest.raises(SystemExit, match='entry 8: its image is cut off, .*' + limit):
+        prompt(late)
+    with pytest.raises(SystemExit, match='entry 9: its image .*, or it has none and sub-stage A needs one'):
+        data.Prompt(tokenizer(), 'plain', 64, 99)(data.Chat(None, [('hello', 'hi')], 'file.json, entry 9'))
 
 
 def test_llava_json(tmp_path):
     Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / 'a.png')
-    turn = lambda *said: [{'from': role, 'value': text} for role, text in said]
-    good = [{'id': 1, 'image': 'a.png', 'conversations': turn(('human', '<image>\nwhat?'), ('gpt', 'red'), ('human', 'sure?'), ('gpt', 'yes'))},
-            {'id': 2, 'conversations': turn(('human', 'hello'), ('gpt', 'hi'))},
-            {'id': 3, 'image': 'a.png', 'conversations': turn(('gpt', 'left out'), ('human', 'what?'), ('gpt', 'red'))}]
+
+    def said(*texts, first='human', **image):
+        roles = ['human', 'gpt'] if first == 'human' else ['gpt', 'human']
+        return image | {'conversations': [{'from': roles[n % 2], 'value': t} for n, t in enumerate(texts)]}
 
     def load(rows):
         (tmp_path / 'x.json').write_text(json.dumps(rows))
         return data.load_chats(str(tmp_path / 'x.json'), image_root=str(tmp_path))
+
+    good = [said('<image>\nwhat?', 'red', 'sure?', 'yes', image='a.png', id=1), said('hello', 'hi', id=2)]
+    good += [said('left out', 'what?', 'red', first='gpt', image='a.png', id=3)]
     chats = load(good).chats
     assert chats[0].turns == [('<image>\nwhat?', 'red'), ('sure?', 'yes')] and chats[1].image is None
     assert chats[2].turns == [('<image>\nwhat?', 'red')]
-    for bad, message in [({'image': 'a.png', 'conversations': turn(('human', '<image> <image>'), ('gpt', 'x'))}, 'entry 3.*two images'),
-                         ({'image': ['a.png', 'a.png'], 'conversations': turn(('human', 'x'), ('gpt', 'x'))}, 'entry 3.*'),
-                         ({'image': 'b.png', 'conversations': turn(('human', 'x'), ('gpt', 'x'))}, 'no file .*b.png; see --image_root'),
-                         ({'image': 'a.png', 'conversations': turn(('human', 'x'), ('gpt', 'an <image>'))}, '<image> in an answer'),
-                         ({'conversations': turn(('human', '<image> x'), ('gpt', 'x'))}, 'no "image"'),
-                         ({'conversations': turn(('human', 'x'))}, 'must be human, gpt'), ({'conversations': []}, 'must be human, gpt'), ({}, 'KeyError')]:
+    for bad, message in [
+        (
+            said('<image> <image>', 'x', image='a.png'),
+            'entry 3.*2 × <image> in the questions; one image at most',
+        ),
+        (said('x', 'x', image=['a.png', 'a.png']), 'entry 3: TypeError'),
+        (said('x', 'x', image='b.png'), 'no file .*b.png; see --image_root'),
+        (said('x', 'an <image>', image='a.png'), 'entry 3.*and none in an answer'),
+        (said('<image> x', 'x'), 'entry 3.*1 × <image> in the questions; one image at most'),
+        (said('x'), 'must be human, gpt'),
+        ({'conversations': []}, 'must be human, gpt'),
+        ({}, 'KeyError'),
+    ]:
         with pytest.raises(SystemExit, match=message):
             load([*good, bad])
-    for text, message in (('{', 'expected'), ('{}', 'expected a list'), ('[]', 'expected a list')):
+    for text, message in [
+        ('{', 'cannot read .*x.json'),
+        ('{}', 'expected a JSON list'),
+        ('[]', 'no conversation in it'),
+    ]:
         (tmp_path / 'x.json').write_text(text)
         with pytest.raises(SystemExit, match=message):
             data.load_chats(str(tmp_path / 'x.json'))
-    with pytest.raises(SystemExit, match="'easyvqa' or a JSON file"):
+    with pytest.raises(SystemExit, match="'easyvqa', or a JSON file"):
         data.load_chats(str(tmp_path / 'nowhere.json'))
 
 
 def test_easyvqa_conversations():
     train, val = (data.load_chats('easyvqa', split) for split in ('train', 'val'))
-    images = lambda chats: {chat.image for chat in chats.chats}
-    assert not images(train) & images(val) and images(val) == set(data.load_pairs('easyvqa', 'val').files)
-    asked = [(chat.image, q.replace('<image>\n', ''), a) for chat in train.chats + val.chats for q, a in chat.turns if q.split('\n')[-1] != data.CAPTION_QUESTION]
-    yes_no = [(q, a) for _, q, a in asked if a in ('yes', 'no')]
-    assert len(asked) - len(yes_no) == 10168  # all the "what" questions; of the others, per text, as many with yes as with no
-    assert len(yes_no) > 9000 and all(yes_no.count((q, 'yes')) == yes_no.count((q, 'no')) for q in {q for q, _ in yes_no[:50]})
+    images, val_images = ({chat.image for chat in chats.chats} for chats in (train, val))
+    assert not images & val_images and val_images == set(data.load_pairs('easyvqa', 'val').files)
+    turns = [turn for chat in train.chats + val.chats for turn in chat.turns]
+    asked = [(q.replace('<image>\n', ''), a) for q, a in turns if q.split('\n')[-1] != data.CAPTION_QUESTION]
+    yes_no = [(q, a) for q, a in asked if a in ('yes', 'no')]
+    # all the "what" questions; of the others, per text, as many with yes as with no
+    assert len(asked) - len(yes_no) == 10168 and len(yes_no) > 9000
+    for question in {q for q, _ in yes_no[:50]}:
+        assert yes_no.count((question, 'yes')) == yes_no.count((question, 'no'))
     assert all(q.count('<image>') == (n == 0) for chat in train.chats for n, (q, _) in enumerate(chat.turns))
     for sentence in data.describe('red', 'circle'):
         assert len(sentence.split()) >= 6 and 'red' in sentence.split() and 'circle' in sentence.split()
@@ -480,5 +516,6 @@ def test_easyvqa_conversations():
 
 def test_pad_to_square():
     image = Image.fromarray(np.full((10, 20, 3), 200, np.uint8))
-    square = np.asarray(data.pad_to_square(image, [.5, .25, 0.]))
-    assert square.shape == (20, 20, 3) and (square[5:15] == 200).all() and (square[0, 0] == [127, 63, 0]).all() and (square[-1, -1] == [127, 63, 0]).all()
+    square = np.asarray(data.pad_to_square(image, [0.5, 0.25, 0.0]))
+    assert square.shape == (20, 20, 3) and (square[5:15] == 200).all()
+    assert (square[0, 0] == [127, 63, 0]).all() and (square[-1, -1] == [127, 63, 0]).all()

@@ -1,4 +1,6 @@
-"""Training of stage 2 as a user runs it: processes, micro-batches, signals, resuming, bad input, the questions typed at a prompt."""
+"""Training of stage 2 as a user runs it: processes, micro-batches, signals, resuming, bad input, the
+questions typed at a prompt."""
+
 import json
 import shutil
 import signal
@@ -20,7 +22,27 @@ SCRIPT, ONE_STEP = ROOT / 'llava_adv.py', ROOT / 'tests' / 'one_step.py'
 
 
 def train(parts, **settings):
-    llava_adv.main(*clip_adv.parse(llava_adv.Config, '', flags(**{**parts, **settings})))
+    llava_adv.main(*data.parse(llava_adv.Config, '', flags(**{**parts, **settings})))
+
+
+def resume(out):
+    """No other flag is needed."""
+    llava_adv.main(*data.parse(llava_adv.Config, '', flags(out=out, resume=True)))
+
+
+def one_step(target, *how, **settings):
+    """A command; see one_step.py."""
+    return [sys.executable, str(ONE_STEP), str(target), 'stage=llava_adv', *how, *flags(**settings)]
+
+
+def killed(number, step, tmp_path, **settings):
+    """The finished process of a run that gets a signal at an update."""
+    command = one_step(tmp_path / 'unused', f'kill={step}:{int(number)}', **settings)
+    return subprocess.run(command, env=environment(), capture_output=True, text=True)
+
+
+def contents(folder):
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
 
 
 @pytest.fixture
@@ -30,33 +52,38 @@ def mixed(tmp_path):
     rows = []
     for i in range(6):
         Image.fromarray(g.integers(0, 255, (20, 30, 3), np.uint8)).save(tmp_path / f'{i}.png')
-        said = [{'from': 'human', 'value': ('<image>\n' if i % 3 else '') + 'what is it?'}, {'from': 'gpt', 'value': 'red ' * (1 + 4 * i)}]
+        said = [{'from': 'human', 'value': ('<image>\n' if i % 3 else '') + 'what is it?'}]
+        said += [{'from': 'gpt', 'value': 'red ' * (1 + 4 * i)}]
         rows.append({'id': i, 'conversations': said} | ({'image': f'{i}.png'} if i % 3 else {}))
     (tmp_path / 'mixed.json').write_text(json.dumps(rows))
     return dict(data=tmp_path / 'mixed.json', image_root=tmp_path, steps_a=0, steps_b=1)
 
 
-# ----------------------------------------------------------------------------------------------------------- processes
+# -------------------------------------------------------------------------------------------------- processes
 def test_the_whole_step_is_the_same_in_one_process_in_two_and_in_micro_batches(parts, mixed, tmp_path):
-    """Adversarial, with text-only samples, unequal numbers of answer tokens and dropout: gradients agree to 1e-5, starts to the bit."""
-    settings = dict(parts, **mixed, clip=1e9, prompt='v1')
-    execute([sys.executable, str(ONE_STEP), str(tmp_path / 'one'), 'stage=llava_adv', *flags(**settings, out=tmp_path / 'r1')])
-    execute([sys.executable, str(ONE_STEP), str(tmp_path / 'micro'), 'stage=llava_adv', *flags(**settings, micro_batch=1, out=tmp_path / 'r2')])
-    execute(torchrun(2, ONE_STEP, str(tmp_path / 'two'), 'stage=llava_adv', *flags(**settings, micro_batch=2, out=tmp_path / 'r3')))
-    one, micro, *two = (torch.load(tmp_path / name, weights_only=True) for name in ('one.0', 'micro.0', 'two.0', 'two.1'))
+    """Adversarial, with text-only samples, unequal numbers of answer tokens and dropout: gradients agree to
+    1e-5, starts to the bit."""
+    settings = dict(parts, **mixed, grad_clip=1e9, prompt='v1')
+    execute(one_step(tmp_path / 'one', **settings, out=tmp_path / 'r1'))
+    execute(one_step(tmp_path / 'micro', **settings, micro_batch=1, out=tmp_path / 'r2'))
+    how = flags(**settings, micro_batch=2, out=tmp_path / 'r3')
+    execute(torchrun(2, ONE_STEP, str(tmp_path / 'two'), 'stage=llava_adv', *how))
+    files = [tmp_path / name for name in ('one.0', 'micro.0', 'two.0', 'two.1')]
+    one, micro, *two = (torch.load(file, weights_only=True) for file in files)
     assert len(one['seen']) == 1 and len(micro['seen']) == 4  # the two without an image are not attacked
     x, start, x_adv = one['seen'][0]
     assert len(x) == 4 and (x_adv - x).abs().max() > 7.9 / 255
     for others in (micro['seen'], [s for rank in two for s in rank['seen']]):
-        for whole, part in zip(one['seen'][0][:2], zip(*others)):
+        for whole, part in zip((x, start), list(zip(*others, strict=True))[:2], strict=True):
             assert torch.equal(whole, torch.cat(part))
         assert (x_adv - torch.cat([s[2] for s in others])).abs().max() < 1e-6
     for run in (micro, *two):
         assert relative(run['updates'][0], one['updates'][0]) <= 1e-5
     rows = [quantities(tmp_path / r)[0] for r in ('r1', 'r2', 'r3')]
     for row in rows[1:]:
-        assert row['answer_tokens'] == rows[0]['answer_tokens'] and row['loss_adv'] == pytest.approx(rows[0]['loss_adv'], rel=1e-5)
-        assert row['loss_clean'] == pytest.approx(rows[0]['loss_clean'], rel=1e-5)
+        assert row['answer_tokens'] == rows[0]['answer_tokens']
+        for loss in ('loss_adv', 'loss_clean'):
+            assert row[loss] == pytest.approx(rows[0][loss], rel=1e-5)
 
 
 @pytest.mark.slow
@@ -65,13 +92,15 @@ def test_two_processes_make_the_run_of_one(parts, whole, tmp_path):
     settings = dict(parts, batch_a=4, batch_size=6)
     execute(torchrun(2, SCRIPT, *flags(**settings, out=tmp_path / 'two')))
     for row, row2 in zip(quantities(whole), quantities(tmp_path / 'two'), strict=True):
-        assert row['loss_adv'] == pytest.approx(row2['loss_adv'], rel=1e-3) and row['answer_tokens'] == row2['answer_tokens']
+        assert row['loss_adv'] == pytest.approx(row2['loss_adv'], rel=1e-3)
+        assert row['answer_tokens'] == row2['answer_tokens']
 
 
 def test_bfloat16_on_a_cpu(parts, whole, tmp_path):
     """The LLM's own weights in half the memory; images, attack and adapters stay float32."""
     train(parts, out=tmp_path / 'run', dtype='bfloat16', checkpoint=True)
-    assert [r['loss_adv'] for r in quantities(tmp_path / 'run')] == pytest.approx([r['loss_adv'] for r in quantities(whole)], rel=.02)
+    ours, theirs = ([row['loss_adv'] for row in quantities(run)] for run in (tmp_path / 'run', whole))
+    assert ours == pytest.approx(theirs, rel=0.02)
 
 
 @pytest.mark.slow
@@ -87,40 +116,44 @@ def test_a_rank_without_images_does_not_hang(parts, mixed, tmp_path):
 def test_no_attack_and_the_attack_see_the_same_samples(parts, whole, tmp_path):
     train(parts, eps=0, out=tmp_path / 'clean')
     clean, adv = quantities(tmp_path / 'clean'), quantities(whole)
-    assert [(r['step'], r['stage'], r['answer_tokens']) for r in clean] == [(r['step'], r['stage'], r['answer_tokens']) for r in adv]
+    a, b = ([(r['step'], r['stage'], r['answer_tokens']) for r in rows] for rows in (clean, adv))
+    assert a == b
     assert [r['stage'] for r in adv] == ['A', 'A', 'B', 'B', 'B', 'B'] and all(r['k'] == 0 for r in clean)
     assert clean[0]['loss_adv'] == pytest.approx(clean[0]['loss_clean'], rel=1e-6)
-    assert adv[0]['loss_adv'] > adv[0]['loss_clean'] and adv[0]['loss_clean'] == pytest.approx(clean[0]['loss_clean'], rel=1e-6)
+    assert adv[0]['loss_adv'] > adv[0]['loss_clean']
+    assert adv[0]['loss_clean'] == pytest.approx(clean[0]['loss_clean'], rel=1e-6)
 
 
-# ------------------------------------------------------------------------------------------------ stopping and resuming
+# -------------------------------------------------------------------------------------- stopping and resuming
 @pytest.mark.parametrize('step', [1, 2, 5])
 def test_resume_is_bit_exact(parts, whole, tmp_path, step):
     """Stopped in A, between A and B, in B."""
-    command = [sys.executable, str(ONE_STEP), str(tmp_path / 'unused'), 'stage=llava_adv', f'kill={step}:{int(signal.SIGTERM)}', *flags(**parts, out=tmp_path / 'run')]
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True)
-    assert done.returncode == 143 and f'saved after update {step} of 6' in done.stdout, done.stdout + done.stderr
-    assert state(tmp_path / 'run')['step'] == step and not (tmp_path / 'run' / 'model.safetensors').exists()
-    llava_adv.main(*clip_adv.parse(llava_adv.Config, '', ['--out', str(tmp_path / 'run'), '--resume']))  # no other flag is needed
-    assert_same_state(state(tmp_path / 'run'), state(whole))
-    assert quantities(tmp_path / 'run') == quantities(whole)
-    assert (tmp_path / 'run' / 'model.safetensors').read_bytes() == (whole / 'model.safetensors').read_bytes()
+    out = tmp_path / 'run'
+    done = killed(signal.SIGTERM, step, tmp_path, **parts, out=out)
+    output = done.stdout + done.stderr
+    assert done.returncode == 143 and f'saved after update {step} of 6' in done.stdout, output
+    assert state(out)['step'] == step and not (out / 'model.safetensors').exists()
+    resume(out)
+    assert_same_state(state(out), state(whole))
+    assert quantities(out) == quantities(whole)
+    assert (out / 'model.safetensors').read_bytes() == (whole / 'model.safetensors').read_bytes()
 
 
 def test_resume_after_sigkill_and_of_a_finished_run(parts, whole, tmp_path):
-    command = [sys.executable, str(ONE_STEP), str(tmp_path / 'unused'), 'stage=llava_adv', f'kill=6:{int(signal.SIGKILL)}', *flags(**parts, out=tmp_path / 'run')]
-    assert subprocess.run(command, env=environment(), capture_output=True).returncode == -signal.SIGKILL
-    assert state(tmp_path / 'run')['step'] == 4
-    train(parts, out=tmp_path / 'run', resume=True)
-    assert_same_state(state(tmp_path / 'run'), state(whole))
-    (tmp_path / 'run' / 'model.safetensors').unlink()
-    train(parts, out=tmp_path / 'run', resume=True)  # nothing is left to train: what is derived is written again
-    assert (tmp_path / 'run' / 'model.safetensors').read_bytes() == (whole / 'model.safetensors').read_bytes()
+    out = tmp_path / 'run'
+    assert killed(signal.SIGKILL, 6, tmp_path, **parts, out=out).returncode == -signal.SIGKILL
+    assert state(out)['step'] == 4
+    train(parts, out=out, resume=True)
+    assert_same_state(state(out), state(whole))
+    (out / 'model.safetensors').unlink()
+    train(parts, out=out, resume=True)  # nothing is left to train: what is derived is written again
+    assert (out / 'model.safetensors').read_bytes() == (whole / 'model.safetensors').read_bytes()
 
 
 @pytest.mark.slow
 def test_easyvqa_with_its_augmentation_is_resumed(parts, tmp_path):
-    settings = {k: v for k, v in parts.items() if not k.startswith('data')} | dict(steps_a=1, steps_b=2, save_every=1)
+    settings = {k: v for k, v in parts.items() if not k.startswith('data')}
+    settings |= dict(steps_a=1, steps_b=2, save_every=1)
     train(settings, out=tmp_path / 'whole')
     train(settings, out=tmp_path / 'run')
     (tmp_path / 'run' / 'previous_train_state.pt').replace(tmp_path / 'run' / 'train_state.pt')
@@ -135,11 +168,12 @@ def test_resume_with_another_llm(parts, whole, tmp_path):
     llm, tok = llava_adv.load_llm(str(parts['llm']), torch.float32)
     other = tmp_path / 'llm'
     other.mkdir()
-    llava_adv.save_directory(other, llm.config, {n: w + .1 for n, w in llm.state_dict().items()}, tok, 512)
+    weights = {n: w + 0.1 for n, w in llm.state_dict().items()}
+    llava_adv.save_directory(other, llm.config, weights, tok.files(512))
     saved = state(out)
     torch.save(saved | {'config': saved['config'] | {'llm': str(other)}}, out / 'train_state.pt')
-    with pytest.raises(SystemExit, match='the LLM in .* is not the one that the run'):
-        llava_adv.main(*clip_adv.parse(llava_adv.Config, '', flags(out=out, resume=True)))
+    with pytest.raises(SystemExit, match=r'the LLM \(.*\) is not the one that the run'):
+        resume(out)
 
 
 def test_the_whole_llm_can_be_trained(parts, tmp_path):
@@ -151,14 +185,28 @@ def test_the_whole_llm_can_be_trained(parts, tmp_path):
 
 
 def test_from_a_llava(parts, whole, tmp_path):
-    """--init takes a LLaVA: tower, projector and LLM from it. A and B in two runs are what they are in one, but for the optimizer."""
+    """--init takes a LLaVA: tower, projector and LLM from it. A and B in two runs are what they are in one,
+    but for the optimizer."""
     train(parts, out=tmp_path / 'a', steps_b=0)
     more = {k: v for k, v in parts.items() if k not in ('init', 'llm')} | dict(init=tmp_path / 'a', steps_a=0)
     train(more, out=tmp_path / 'b')
-    assert [r['loss_adv'] for r in quantities(tmp_path / 'b')] == pytest.approx([r['loss_adv'] for r in quantities(whole)[2:]], rel=1e-5)
+    two, one = ([row['loss_adv'] for row in quantities(run)] for run in (tmp_path / 'b', whole))
+    assert two == pytest.approx(one[2:], rel=1e-5)
     train(more, out=tmp_path / 'b', resume=True)
     with pytest.raises(SystemExit, match='is a LLaVA and brings its LLM'):
         train(dict(more, llm=parts['llm']), out=tmp_path / 'c')
+
+
+def test_a_run_does_not_need_what_it_began_with(parts, tmp_path):
+    """Its checkpoint has the image tower."""
+    shutil.copytree(parts['init'], tmp_path / 'clip')
+    train(parts, init=tmp_path / 'clip', out=tmp_path / 'run', steps_b=1)
+    before, _ = llava_adv.load_llava(str(tmp_path / 'run'))
+    shutil.rmtree(tmp_path / 'clip')
+    (tmp_path / 'run' / 'model.safetensors').unlink()
+    resume(tmp_path / 'run')
+    after, _ = llava_adv.load_llava(str(tmp_path / 'run'))
+    assert all(torch.equal(w, after.state_dict()[n]) for n, w in before.state_dict().items())
 
 
 def test_the_last_block_is_kept_as_it_was(parts, whole):
@@ -166,20 +214,49 @@ def test_the_last_block_is_kept_as_it_was(parts, whole):
     model, _ = llava_adv.load_llava(str(whole))
     ours = model.visual.state_dict()
     same = {n: torch.equal(w, ours[n]) for n, w in clip.visual.state_dict().items() if n in ours}
-    assert all(equal == n.startswith(('ln_post', 'transformer.resblocks.1.')) for n, equal in same.items()), same
+    kept = ('ln_post', 'transformer.resblocks.1.')
+    assert all(equal == n.startswith(kept) for n, equal in same.items()), same
 
 
-# ----------------------------------------------------------------------------------------------------------- bad input
-@pytest.mark.parametrize('settings, message', [
-    (dict(eps=-1), '--eps -1'), (dict(eps=.0314), 'did you mean 8'), (dict(alpha=25), '--alpha 25.*2ε = 24'), (dict(k=0), '--k 0.*--eps 0'),
-    (dict(steps_a=0, steps_b=0), 'not both 0'), (dict(steps_b=-2), '--steps_b -2'), (dict(batch_size=0), '--batch_size 0'), (dict(micro_batch=-1), '--micro_batch -1'),
-    (dict(lora_r=-1), '--lora_r -1'), (dict(lora_dropout=1), '--lora_dropout 1'), (dict(prompt='v0'), "--prompt v0: must be 'v1'"),
-    (dict(dtype='half'), '--dtype half'), (dict(init='nowhere'), '--init nowhere: no such file or directory'), (dict(llm='nowhere'), '--llm nowhere: no such file or directory'),
-    (dict(data='nowhere'), '--data nowhere'), (dict(max_length=16), 'a.json, entry 0 .*cut off.*--max_length is 16'), (dict(turns=0), '--turns 0')])
-def test_bad_settings(parts, tmp_path, settings, message):
+# -------------------------------------------------------------------------------------------------- bad input
+@pytest.mark.parametrize(
+    'settings, message',
+    [
+        (dict(eps=-1), '--eps -1'),
+        (dict(eps=0.0314), 'did you mean 8'),
+        (dict(alpha=25), '--alpha 25.*2ε = 24'),
+        (dict(k=0), '--k 0.*--eps 0'),
+        (dict(steps_a=0, steps_b=0), 'not both 0'),
+        (dict(steps_b=-2), '--steps_b -2'),
+        (dict(batch_size=0), '--batch_size 0'),
+        (dict(micro_batch=-1), '--micro_batch -1'),
+        (dict(lora_r=-1), '--lora_r -1'),
+        (dict(lora_dropout=1), '--lora_dropout 1'),
+        (dict(lr=-1), '--lr -1'),
+        (dict(warmup=2), '--warmup 2'),
+        (dict(lora_r=0, dtype='bfloat16'), '--dtype bfloat16 with --lora_r 0'),
+        (dict(grad_clip=0), '--grad_clip 0'),
+        (dict(init='nowhere'), '--init nowhere: no such file or directory'),
+        (dict(init='runs/clip_adv'), 'make it first: python clip_adv.py'),
+        (dict(llm='nowhere'), '--llm nowhere: no such file or directory'),
+        (dict(data='nowhere'), '--data nowhere'),
+        (dict(max_length=16), 'a.json, entry 0 .*no answer .*is left.*--max_length is 16'),
+        (dict(turns=0), '--turns 0'),
+    ],
+)
+def test_bad_settings(parts, tmp_path, monkeypatch, settings, message):
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit, match=message):
         train(parts, out=tmp_path / 'run', **settings)
     assert not (tmp_path / 'run' / 'train_state.pt').exists()
+
+
+@pytest.mark.parametrize('name, value', [('prompt', 'v0'), ('dtype', 'half')])
+def test_settings_with_few_values(parts, tmp_path, capsys, name, value):
+    with pytest.raises(SystemExit) as e:
+        train(parts, out=tmp_path / 'run', **{name: value})
+    assert e.value.code == 2 and f"--{name}: invalid choice: '{value}'" in capsys.readouterr().err
+    assert not (tmp_path / 'run').exists()
 
 
 def test_cut_samples_are_counted(parts, mixed, tmp_path, capsys):
@@ -193,65 +270,76 @@ def test_an_image_that_does_not_decode_is_named(parts, mixed, tmp_path):
         train(parts, **mixed | dict(out=tmp_path / 'run'))
 
 
-def test_the_tiny_llm_of_a_run_is_kept_until_the_next_one_has_a_checkpoint(parts, tmp_path, monkeypatch):
-    """--overwrite that dies early leaves the old run as it was, its language model included."""
-    settings = {k: v for k, v in parts.items() if k != 'llm'} | dict(out=tmp_path / 'run', steps_b=0)
-    train_llm = llava_adv.train_tiny_llm
+def test_a_run_that_dies_beside_its_tiny_llm_is_resumed(parts, tmp_path, monkeypatch):
+    """Killed while it is trained, then stopped before the first checkpoint: --resume needs no other flag, and
+    trains a finished one no second time."""
+    settings = {k: v for k, v in parts.items() if k != 'llm'} | dict(steps_b=1, seed=3)
+    train_llm, check_samples = llava_adv.train_tiny_llm, llava_adv.check_samples
     monkeypatch.setattr(llava_adv, 'train_tiny_llm', lambda folder, cfg: train_llm(folder, cfg, steps=2))
-    train(settings)
-    llm = tmp_path / 'run' / 'llm' / 'model.safetensors'
-    before = llm.read_bytes()
-    monkeypatch.setattr(llava_adv, 'check_samples', lambda *a: sys.exit('stopped'))
+    train(settings, out=tmp_path / 'whole')
+
+    out = tmp_path / 'run'
+    assert killed(signal.SIGKILL, 2, tmp_path, **settings, out=out).returncode == -signal.SIGKILL
+    assert not (out / 'train_state.pt').exists() and not (out / 'llm' / 'config.json').exists()
+    with pytest.raises(SystemExit, match='continue it with --resume'):
+        train(settings, out=out)
+    monkeypatch.setattr(llava_adv, 'check_samples', lambda *_: sys.exit('stopped'))
     with pytest.raises(SystemExit, match='stopped'):
-        train(settings, seed=1, overwrite=True)
-    assert llm.read_bytes() == before and (tmp_path / 'run' / 'new_llm').exists()
-    monkeypatch.undo()
-    monkeypatch.setattr(llava_adv, 'train_tiny_llm', lambda folder, cfg: pytest.fail('it is there already'))
-    train(settings, seed=1, overwrite=True)
-    assert llm.read_bytes() != before and not (tmp_path / 'run' / 'new_llm').exists()
-    train(settings, seed=1, steps_a=4, overwrite=True)  # other settings, the same language model
+        resume(out)
+    llm = contents(out / 'llm')
+    assert llm == contents(tmp_path / 'whole' / 'llm') and not (out / 'train_state.pt').exists()
+    monkeypatch.setattr(llava_adv, 'check_samples', check_samples)
+    monkeypatch.setattr(llava_adv, 'train_tiny_llm', lambda *_: pytest.fail('it is there already'))
+    resume(out)
+    assert_same_state(state(out), state(tmp_path / 'whole'))
+    assert quantities(out) == quantities(tmp_path / 'whole') and contents(out / 'llm') == llm
 
 
 def test_a_folder_named_llm_that_is_not_ours_is_left_alone(parts, tmp_path):
+    """As all is that no run has written."""
     shutil.copytree(parts['llm'], tmp_path / 'run' / 'llm')
     settings = {k: v for k, v in parts.items() if k != 'llm'} | dict(out=tmp_path / 'run', steps_b=0)
-    for how in (dict(), dict(overwrite=True), dict(resume=True)):
-        with pytest.raises(SystemExit, match='its folder llm holds no tiny language model of ours.*--llm'):
+    for how in (dict(), dict(resume=True), dict(llm=tmp_path / 'run' / 'llm')):
+        with pytest.raises(SystemExit, match='is not empty and holds no run: give another --out'):
             train(settings, **how)
-    train(settings, llm=tmp_path / 'run' / 'llm')
-    assert {f.name: f.read_bytes() for f in parts['llm'].iterdir()} == {f.name: f.read_bytes() for f in (tmp_path / 'run' / 'llm').iterdir()}
+    assert [f.name for f in (tmp_path / 'run').iterdir()] == ['llm']
+    assert contents(tmp_path / 'run' / 'llm') == contents(parts['llm'])
 
 
 def test_a_tiny_llm_from_a_file_of_conversations(mixed, tmp_path):
     """Some without an image, all with a negation: there is no easy part to begin with."""
     rows = json.loads(mixed['data'].read_text())
     for row in rows:
-        row['conversations'][0]['value'] = row['conversations'][0]['value'].replace('what is it', 'what is it not')
+        question = row['conversations'][0]
+        question['value'] = question['value'].replace('what is it', 'what is it not')
     mixed['data'].write_text(json.dumps(rows))
-    llava_adv.train_tiny_llm(tmp_path / 'llm', llava_adv.Config(data=str(mixed['data']), image_root=str(tmp_path)), steps=2, batch_size=4)
+    cfg = llava_adv.Config(data=str(mixed['data']), image_root=str(tmp_path))
+    llava_adv.train_tiny_llm(tmp_path / 'llm', cfg, steps=2, batch_size=4)
     llm, tok = llava_adv.load_llm(str(tmp_path / 'llm'), torch.float32)
-    assert llm.cfg['vocab_size'] >= tok.vocab_size
+    assert llm.cfg.vocab_size >= tok.vocab_size
 
 
 @pytest.mark.slow
 def test_the_tiny_llm_answers_from_a_description(tmp_path):
-    """Of the validation split, a caption in the image's place: “what” questions, yes/no as many of each, with and without negation."""
+    """Of the validation split, a caption in the image's place: “what” questions, yes/no as many of each, with
+    and without negation."""
     cfg = llava_adv.Config(out=str(tmp_path))
     llava_adv.train_tiny_llm(tmp_path / 'llm', cfg)
     llm, tok = llava_adv.load_llm(str(tmp_path / 'llm'), torch.float32)
-    prompt, (facts, _, _) = llava_adv.Prompt(tok, 'chat', 0, 999), data.easyvqa_split('val')
-    questions = data.vqa_set('easyvqa', 'val').questions
-    kinds = {'what': [q for q in questions if q.kind == 'what'], 'yes/no': data.balanced(questions)}
-    kinds['negated'] = [q for q in kinds['yes/no'] if ' not ' in q.question or ' no ' in q.question]
-    for kind, asked in kinds.items():
-        asked = [q for q in asked if int(q.image.stem) in facts]
-        said = [(f'{data.describe(*facts[int(q.image.stem)])[n % 5]}\n{q.question}', q.answers[0]) for n, q in enumerate(asked)]
-        batch = llava_adv.collate([data.Sample(None, *prompt.encode([turn]), 0) for turn in said], tok.pad)
+    prompt, (facts, asked, _) = data.Prompt(tok, 'chat', 0, 999), data.easyvqa_split('val')
+    kinds = {'what': [row for row in asked if row[1] not in ('yes', 'no')]}
+    kinds['yes/no'] = [asked[n] for n in data.balanced(asked)]
+    kinds['negated'] = [row for row in kinds['yes/no'] if ' not ' in row[0] or ' no ' in row[0]]
+    for kind, rows in kinds.items():
+        rows = [row for row in rows if row[2] in facts]
+        said = [(f'{data.describe(*facts[image])[n % 5]}\n{q}', a) for n, (q, a, image) in enumerate(rows)]
+        batch = data.collate([data.Sample(None, *prompt.encode([turn]), 0) for turn in said], tok.pad)
         with torch.no_grad():
-            wrong = llm.lm_head(llm(llm.model.embed_tokens(batch.ids))[batch.rows, batch.columns]).argmax(1) != batch.targets
-        right = torch.zeros(len(asked)).index_add(0, batch.rows, wrong.float()) == 0
-        print(f'{kind}: {100 * right.float().mean():.1f} % of {len(asked)}')
-        assert len(asked) > 200 and right.float().mean() > .95, kind
+            hidden = llm(llm.model.embed_tokens(batch.ids))[batch.rows, batch.columns]
+            wrong = llm.lm_head(hidden).argmax(1) != batch.targets
+        right = torch.zeros(len(rows)).index_add(0, batch.rows, wrong.float()) == 0
+        print(f'{kind}: {100 * right.float().mean():.1f} % of {len(rows)}')
+        assert len(rows) > 200 and right.float().mean() > 0.95, kind
 
 
 def test_the_prompt_of_the_training_is_remembered(parts, tmp_path):
@@ -259,20 +347,26 @@ def test_the_prompt_of_the_training_is_remembered(parts, tmp_path):
     model, tok = llava_adv.load_llava(str(tmp_path / 'run'))
     assert model.style == 'v1' and tok.chat_template  # which would be the default
     import eval as evaluation
-    assert evaluation.Answerer(str(tmp_path / 'run'), torch.device('cpu'), 4, 4).prompt.style == 'v1'
-    assert evaluation.Answerer(str(tmp_path / 'run'), torch.device('cpu'), 4, 4, 'chat').prompt.style == 'chat'
+
+    for asked, style in (('', 'v1'), ('chat', 'chat')):
+        asker = evaluation.Answerer(str(tmp_path / 'run'), torch.device('cpu'), 4, 4, asked)
+        assert asker.prompt.style == style
 
 
-# ----------------------------------------------------------------------------------------------------------------- chat
+# ------------------------------------------------------------------------------------------------------- chat
 def test_chat(whole, tmp_path):
     Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / 'a.png')
-    done = subprocess.run([sys.executable, str(SCRIPT), '--init', str(whole), '--chat', str(tmp_path / 'a.png')], env=environment(),
-                          input='what is it?\n\n<image>\nsure?\n', capture_output=True, text=True)
-    assert done.returncode == 0 and done.stdout.count('>') >= 3 and 'cannot stand in a question' in done.stdout, done.stdout + done.stderr
-    output = execute([sys.executable, str(SCRIPT), '--init', str(whole), '--chat', str(tmp_path / 'b.png')], fails=True)
+
+    def command(init, image):
+        return [sys.executable, str(SCRIPT), *flags(init=init, chat=tmp_path / image)]
+
+    how = dict(env=environment(), capture_output=True, text=True)
+    done = subprocess.run(command(whole, 'a.png'), input='what is it?\n\n<image>\nsure?\n', **how)
+    assert done.returncode == 0 and done.stdout.count('>') >= 3, done.stdout + done.stderr
+    assert 'cannot stand in a question' in done.stdout
+    output = execute(command(whole, 'b.png'), fails=True)
     assert 'b.png' in output and 'Traceback' not in output
-    output = execute([sys.executable, str(SCRIPT), '--init', str(tmp_path), '--chat', str(tmp_path / 'a.png')], fails=True)
-    assert 'is no LLaVA directory' in output
+    assert 'is no LLaVA directory' in execute(command(tmp_path, 'a.png'), fails=True)
 
 
 @pytest.mark.gpu

@@ -1,4 +1,5 @@
-"""Metrics of answers and captions, by hand and beside pycocoevalcap; the published files that they are computed from."""
+"""Metrics of answers and captions, by hand and beside pycocoevalcap; the published files that they need."""
+
 import json
 import random
 
@@ -6,73 +7,139 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import data
 import eval as evaluation
 
 
-# ----------------------------------------------------------------------------------------------------------- VQA accuracy
-@pytest.mark.parametrize('text, normal', [
-    ('Red.', 'red'), ('the  Red\nBall', 'red ball'), ('two dogs', '2 dogs'), ('None', '0'), ('1,000', '1000'), ('2.5', '2.5'), ('5 p.m.', '5 pm'),
-    ("dont", "don't"), ("couldnt've", "couldn't've"), ("couldn'tve", "couldn't've"), ('its', 'its'), ('yes/no', 'yes no'), ('yes / no', 'yes no'),
-    ('t-shirt', 't shirt'), ('black-and-white ', 'black and white'), ('A', ''), ('what?', 'what'), ('"hi"', 'hi')])
+# ----------------------------------------------------------------------------------------------- VQA accuracy
+@pytest.mark.parametrize(
+    'text, normal',
+    [
+        ('Red.', 'red'),
+        ('the  Red\nBall', 'red ball'),
+        ('two dogs', '2 dogs'),
+        ('None', '0'),
+        ('1,000', '1000'),
+        ('2.5', '2.5'),
+        ('5 p.m.', '5 pm'),
+        ("dont", "don't"),
+        ("couldnt've", "couldn't've"),
+        ("couldn'tve", "couldn't've"),
+        ('its', 'its'),
+        ('yes/no', 'yes no'),
+        ('yes / no', 'yes no'),
+        ('t-shirt', 't shirt'),
+        ('black-and-white ', 'black and white'),
+        ('A', ''),
+        ('what?', 'what'),
+        ('"hi"', 'hi'),
+    ],
+)
 def test_normalise_answer(text, normal):
     assert evaluation.normalise_answer(text) == normal
 
 
 def test_vqa_accuracy():
-    ten = lambda n: ['red'] * n + ['blue'] * (10 - n)
+    def ten(n):
+        return ['red'] * n + ['blue'] * (10 - n)
+
     # one of n annotators who said so is left out n times, one of the others 10 − n times
-    assert [evaluation.vqa_accuracy('Red', ten(n)) for n in (0, 1, 2, 3, 4, 10)] == pytest.approx([0, .3, .6, .9, 1, 1])
+    assert [evaluation.vqa_accuracy('Red', ten(n)) for n in (0, 1, 2, 3, 4, 10)] == pytest.approx(
+        [0, 0.3, 0.6, 0.9, 1, 1]
+    )
     assert evaluation.vqa_accuracy('green', ten(3)) == 0
     assert evaluation.vqa_accuracy('two', ['2']) == 1 and evaluation.vqa_accuracy('two', ['3']) == 0
 
 
-# ------------------------------------------------------------------------------------------------------------------ CIDEr
+# ------------------------------------------------------------------------------------------------------ CIDEr
 def test_cider_equals_pycocoevalcap():
     """On the same tokens: random captions of few words, so that n-grams repeat."""
     from pycocoevalcap.cider.cider import Cider
+
     g = random.Random(0)
     words = 'a the red blue circle dog on grass there is'.split()
-    say = lambda: ' '.join(g.choices(words, k=g.randint(1, 12)))
+
+    def say():
+        return ' '.join(g.choices(words, k=g.randint(1, 12)))
+
     references = [[say() for _ in range(g.randint(1, 5))] for _ in range(40)]
-    captions = [say() if g.random() < .7 else of[0] for of in references]
+    captions = [say() if g.random() < 0.7 else of[0] for of in references]
     ours = evaluation.Cider(references, str.split)
     scores = [ours.score(i, c) for i, c in enumerate(captions)]
-    mean, each = Cider().compute_score({i: of for i, of in enumerate(references)}, {i: [c] for i, c in enumerate(captions)})
+    mean, each = Cider().compute_score(
+        {i: of for i, of in enumerate(references)}, {i: [c] for i, c in enumerate(captions)}
+    )
     assert scores == pytest.approx(list(each), abs=1e-6) and sum(scores) / 40 == pytest.approx(mean, abs=1e-6)
     assert max(scores) > 1
 
 
 def test_cider_by_hand():
-    """Two images without a word in common: every n-gram is in one of two, so it weighs log 2, and the perfect caption scores 10."""
+    """No word in common: an n-gram is in one of two images, it weighs log 2; a perfect caption scores 10."""
     cider = evaluation.Cider([['a b c d'], ['e f g h']], str.split)
-    assert cider.score(0, 'a b c d') == pytest.approx(10) and cider.score(0, 'e f g h') == 0 and cider.score(0, '') == 0
-    # 1-grams: 3 of 3 in 4: 3/√(3·4); 2-grams: 2/√(2·3), 3-grams 1/√2, no 4-grams; one bigram shorter: e^(−1/72)
-    assert cider.score(0, 'a b c') == pytest.approx(10 / 4 * (3 / 12 ** .5 + 2 / 6 ** .5 + 1 / 2 ** .5) * 2.718281828 ** (-1 / 72), rel=1e-6)
+    assert cider.score(0, 'a b c d') == pytest.approx(10) and cider.score(0, 'e f g h') == 0
+    assert cider.score(0, '') == 0
+    # 1-grams: 3 of 3 in 4: 3/√(3·4); 2-grams: 2/√(2·3), 3-grams 1/√2; one bigram shorter: e^(−1/72)
+    assert cider.score(0, 'a b c') == pytest.approx(
+        10 / 4 * (3 / 12**0.5 + 2 / 6**0.5 + 1 / 2**0.5) * 2.718281828 ** (-1 / 72), rel=1e-6
+    )
 
 
 def test_tokenise_caption():
     assert evaluation.tokenise_caption('A dog, isn\'t it? "Well-known"; the dog\'s 3.5 bones...') == [
-        'a', 'dog', 'is', "n't", 'it', 'well-known', 'the', 'dog', "'s", '3.5', 'bones']
+        'a',
+        'dog',
+        'is',
+        "n't",
+        'it',
+        'well-known',
+        'the',
+        'dog',
+        "'s",
+        '3.5',
+        'bones',
+    ]
 
 
-# ------------------------------------------------------------------------------------------------------- POPE, facts
+# ------------------------------------------------------------------------------------------------ POPE, facts
 def test_option_letter():
-    said = {'B': 'B', ' (B)': 'B', 'B.': 'B', 'B. mammal': 'B', 'The answer is B.': 'B', 'Because': '', 'b': '', 'The answer is A. The answer is B.': '', '': '', 'A cat': ''}
-    assert {text: evaluation.option_letter(text) for text in said} == said
+    said = {
+        'B': 'B',
+        ' (B)': 'B',
+        'B.': 'B',
+        'B. mammal': 'B',
+        'The answer is B.': 'B',
+        'Because': '',
+        'b': '',
+        'The answer is A. The answer is B.': '',
+        '': '',
+        'A cat': '',
+    }
+    assert [text for text, letter in said.items() if evaluation.letter_accuracy(text, ['B'])] == [
+        t for t in said if said[t] == 'B'
+    ]
+    assert evaluation.letter_accuracy('A.', ['A']) == 1 and evaluation.letter_accuracy('', ['A']) == 0
 
 
 def test_vqa_accuracy_of_few_references():
-    assert evaluation.vqa_accuracy('Red.', ['red', 'red']) == 1 and evaluation.vqa_accuracy('red', ['red'] * 3) == 1
-    assert evaluation.vqa_accuracy('red', ['red', 'blue']) == .5 and evaluation.vqa_accuracy('red', ['red'] + ['blue'] * 9) == pytest.approx(.3)
+    assert evaluation.vqa_accuracy('Red.', ['red', 'red']) == 1
+    assert evaluation.vqa_accuracy('red', ['red'] * 3) == 1
+    assert evaluation.vqa_accuracy('red', ['red', 'blue']) == 0.5
+    assert evaluation.vqa_accuracy('red', ['red'] + ['blue'] * 9) == pytest.approx(0.3)
 
 
 def test_pope_scores():
     answers = ['Yes, there is.', 'No.', 'there is not. yes', 'yes', 'I cannot say', 'no']
     labels = ['yes', 'yes', 'no', 'no', 'no', 'no']
     found = evaluation.pope_scores(answers, labels)  # said: yes no no yes yes no → tp 1, fp 2, tn 2, fn 1
-    assert found == pytest.approx({'accuracy': .5, 'precision': 1 / 3, 'recall': .5, 'f1': .4, 'yes_rate': .5})
-    assert evaluation.pope_scores(['no'], ['no']) == {'accuracy': 1, 'precision': 0, 'recall': 0, 'f1': 0, 'yes_rate': 0}
+    assert found == pytest.approx(
+        {'accuracy': 0.5, 'precision': 1 / 3, 'recall': 0.5, 'f1': 0.4, 'yes_rate': 0.5}
+    )
+    assert evaluation.pope_scores(['no'], ['no']) == {
+        'accuracy': 1,
+        'precision': 0,
+        'recall': 0,
+        'f1': 0,
+        'yes_rate': 0,
+    }
 
 
 def test_names_facts():
@@ -81,61 +148,112 @@ def test_names_facts():
     assert evaluation.names_facts('a triangle', 'red', 'circle') == (False, False)
 
 
-# ------------------------------------------------------------------------------------------------------------------ files
+# ------------------------------------------------------------------------------------------------------ files
 def picture(path):
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(path)
 
 
+ASKED = '{}\nAnswer the question using a single word or phrase.'
+
+
 def test_vqa_files(tmp_path):
     picture(tmp_path / 'COCO_val2014_000000000042.jpg')
     picture(tmp_path / 'abc.jpg')
-    asked = {'data_subtype': 'val2014', 'questions': [{'image_id': 42, 'question': 'what?', 'question_id': 7}]}
+    asked = {
+        'data_subtype': 'val2014',
+        'questions': [{'image_id': 42, 'question': 'what?', 'question_id': 7}],
+    }
     (tmp_path / 'q.json').write_text(json.dumps(asked))
-    (tmp_path / 'a.json').write_text(json.dumps({'annotations': [{'question_id': 7, 'answers': [{'answer': 'red'}] * 10}]}))
-    found = data.vqa_set(str(tmp_path / 'q.json'), 'val', str(tmp_path / 'a.json'), str(tmp_path)).questions
-    assert found == [data.Question(tmp_path / 'COCO_val2014_000000000042.jpg', 'what?', ['red'] * 10, '', '7')]
-    (tmp_path / 't.json').write_text(json.dumps({'data': [{'image_id': 'abc', 'question': 'which?', 'question_id': 1, 'answers': ['a', 'b']}]}))
-    found = data.vqa_set(str(tmp_path / 't.json'), 'val', '', str(tmp_path)).questions
-    assert found == [data.Question(tmp_path / 'abc.jpg', 'which?', ['a', 'b'], '', '1')]
-    for file, answers, root, message in [('q.json', '', tmp_path, '--annotations FILE'), ('q.json', 'a.json', tmp_path / 'x', 'no image .*--image_root'),
-                                         ('a.json', '', tmp_path, 'neither VQAv2'), ('nowhere', '', tmp_path, 'cannot read')]:
+    (tmp_path / 'a.json').write_text(
+        json.dumps({'annotations': [{'question_id': 7, 'answers': [{'answer': 'red'}] * 10}]})
+    )
+    found = evaluation.vqa_set(str(tmp_path / 'q.json'), 'val', str(tmp_path / 'a.json'), str(tmp_path))
+    assert found == [
+        evaluation.Question(
+            tmp_path / 'COCO_val2014_000000000042.jpg',
+            ASKED.format('what?'),
+            ['red'] * 10,
+            '7',
+            ('maybe', 'Word'),
+        )
+    ]
+    (tmp_path / 't.json').write_text(
+        json.dumps(
+            {'data': [{'image_id': 'abc', 'question': 'which?', 'question_id': 1, 'answers': ['a', 'b']}]}
+        )
+    )
+    found = evaluation.vqa_set(str(tmp_path / 't.json'), 'val', '', str(tmp_path))
+    assert found == [
+        evaluation.Question(tmp_path / 'abc.jpg', ASKED.format('which?'), ['a', 'b'], '1', ('maybe', 'Word'))
+    ]
+    for file, answers, root, message in [
+        ('q.json', '', tmp_path, '--annotations FILE'),
+        ('q.json', 'a.json', tmp_path / 'x', 'no image .*--image_root'),
+        ('a.json', '', tmp_path, 'neither VQAv2'),
+        ('nowhere', '', tmp_path, 'cannot read'),
+    ]:
         with pytest.raises(SystemExit, match=message):
-            data.vqa_set(str(tmp_path / file), 'val', str(tmp_path / answers) if answers else '', str(root))
+            evaluation.vqa_set(
+                str(tmp_path / file), 'val', str(tmp_path / answers) if answers else '', str(root)
+            )
     (tmp_path / 'b.json').write_text(json.dumps({'questions': asked['questions']}))
     with pytest.raises(SystemExit, match='data_subtype'):
-        data.vqa_set(str(tmp_path / 'b.json'), 'val', str(tmp_path / 'a.json'), str(tmp_path))
+        evaluation.vqa_set(str(tmp_path / 'b.json'), 'val', str(tmp_path / 'a.json'), str(tmp_path))
     (tmp_path / 'a.json').write_text(json.dumps({'annotations': []}))
     with pytest.raises(SystemExit, match="question 7 .*has no answers in .*a.json"):
-        data.vqa_set(str(tmp_path / 'q.json'), 'val', str(tmp_path / 'a.json'), str(tmp_path))
+        evaluation.vqa_set(str(tmp_path / 'q.json'), 'val', str(tmp_path / 'a.json'), str(tmp_path))
 
 
 def test_easyvqa_questions():
-    found = data.vqa_set('easyvqa', 'test').questions
-    assert len(found) == 9673 and sum(q.kind == 'what' for q in found) == 2537
-    even = data.balanced(found)
-    assert 2400 < len(even) < 2600 and even == data.balanced(found)
-    for text in {q.question for q in even}:
-        answers = [q.answers[0] for q in even if q.question == text]
+    found = evaluation.vqa_set('easyvqa', 'test')
+    assert len(found) == 9673 and sum(q.answers[0] not in ('yes', 'no') for q in found) == 2537
+    even = [found[i] for i in evaluation.balanced(found)]
+    assert 2400 < len(even) < 2600
+    for text in {q.text for q in even}:
+        answers = [q.answers[0] for q in even if q.text == text]
         assert answers.count('yes') == answers.count('no') > 0
-    assert [q.name for q in even] == [q.name for q in data.pope_set('easyvqa', 'test').questions]
-    val = {q.image for q in data.vqa_set('easyvqa', 'val').questions}
-    assert val and not val & {q.image for q in data.vqa_set('easyvqa', 'train').questions}
+    assert [q.name for q in even] == [q.name for q in evaluation.pope_set('easyvqa', 'test')]
+    val = {q.image for q in evaluation.vqa_set('easyvqa', 'val')}
+    assert val and not val & {q.image for q in evaluation.vqa_set('easyvqa', 'train')}
 
 
 def test_caption_files(tmp_path):
     for name in ('x/1.jpg', '2.jpg'):
         picture(tmp_path / name)
-    karpathy = {'images': [{'filepath': 'x', 'filename': '1.jpg', 'split': 'test', 'sentences': [{'raw': 'A dog.'}, {'raw': 'dog'}]},
-                           {'filename': '2.jpg', 'split': 'restval', 'sentences': [{'raw': 'A cat.'}]}]}
+    karpathy = {
+        'images': [
+            {
+                'filepath': 'x',
+                'filename': '1.jpg',
+                'split': 'test',
+                'sentences': [{'raw': 'A dog.'}, {'raw': 'dog'}],
+            },
+            {'filename': '2.jpg', 'split': 'restval', 'sentences': [{'raw': 'A cat.'}]},
+        ]
+    }
     (tmp_path / 'k.json').write_text(json.dumps(karpathy))
-    load = lambda file, split: data.references(str(tmp_path / file), split, str(tmp_path))
-    assert load('k.json', 'test').captions == [['A dog.', 'dog']] and load('k.json', 'test').images == [tmp_path / 'x' / '1.jpg']
-    assert load('k.json', 'train').captions == [['A cat.']]
-    coco = {'images': [{'id': 5, 'file_name': '2.jpg'}], 'annotations': [{'image_id': 5, 'caption': 'a'}, {'image_id': 5, 'caption': 'b'}]}
+
+    def load(file, split):
+        return evaluation.reference_set(str(tmp_path / file), split, str(tmp_path))
+
+    def of(found):
+        return [(q.answers, q.image) for q in found]
+
+    assert of(load('k.json', 'test')) == [(['A dog.', 'dog'], tmp_path / 'x' / '1.jpg')]
+    assert of(load('k.json', 'train')) == [(['A cat.'], tmp_path / '2.jpg')]
+    coco = {
+        'images': [{'id': 5, 'file_name': '2.jpg'}],
+        'annotations': [{'image_id': 5, 'caption': 'a'}, {'image_id': 5, 'caption': 'b'}],
+    }
     (tmp_path / 'c.json').write_text(json.dumps(coco))
-    assert load('c.json', 'val').captions == [['a', 'b']]
-    for text, message in (('{"images": [{}]}', 'KeyError'), ('[]', 'TypeError'), ('{', 'cannot read'), (json.dumps(karpathy).replace('x', 'y'), 'no image')):
+    assert of(load('c.json', 'val')) == [(['a', 'b'], tmp_path / '2.jpg')]
+    for text, message in (
+        ('{"images": [{}]}', 'KeyError'),
+        ('[]', 'expected a JSON object|TypeError'),
+        ('{', 'cannot read'),
+        (json.dumps(karpathy).replace('x', 'y'), 'no image'),
+    ):
         (tmp_path / 'bad.json').write_text(text)
         with pytest.raises(SystemExit, match=message):
             load('bad.json', 'test')
@@ -146,20 +264,44 @@ def test_caption_files(tmp_path):
 def test_pope_files(tmp_path):
     picture(tmp_path / '1.jpg')
     row = {'question_id': 1, 'image': '1.jpg', 'text': 'Is there a dog in the image?', 'label': 'yes'}
-    load = lambda rows: (tmp_path / 'p.json').write_text('\n'.join(map(json.dumps, rows))) and data.pope_set(str(tmp_path / 'p.json'), 'test', str(tmp_path)).questions
-    assert load([row, row | {'label': 'no'}])[1] == data.Question(tmp_path / '1.jpg', row['text'], ['no'], 'yes/no', '1')
-    for bad, message in ((row | {'label': 'maybe'}, "'maybe'; must be yes or no"), (row | {'image': '2.jpg'}, 'no image'), ({}, 'KeyError')):
+
+    def load(rows):
+        return (tmp_path / 'p.json').write_text('\n'.join(map(json.dumps, rows))) and evaluation.pope_set(
+            str(tmp_path / 'p.json'), 'test', str(tmp_path)
+        )
+
+    assert load([row, row | {'label': 'no'}])[1] == evaluation.Question(
+        tmp_path / '1.jpg', row['text'], ['no'], '1', ('yes',)
+    )
+    for bad, message in (
+        (row | {'label': 'maybe'}, "'maybe'; must be yes or no"),
+        (row | {'image': '2.jpg'}, 'no image'),
+        ({}, 'KeyError'),
+    ):
         with pytest.raises(SystemExit, match=message):
             load([bad])
 
 
 def test_scienceqa(tmp_path):
     picture(tmp_path / 'test' / '3' / 'image.png')
-    problem = {'question': 'Which?', 'choices': ['x', 'y'], 'answer': 1, 'hint': 'Look.', 'image': 'image.png'}
+    problem = {
+        'question': 'Which?',
+        'choices': ['x', 'y'],
+        'answer': 1,
+        'hint': 'Look.',
+        'image': 'image.png',
+    }
     (tmp_path / 'problems.json').write_text(json.dumps({'3': problem, '4': problem | {'image': None}}))
     (tmp_path / 'pid_splits.json').write_text(json.dumps({'test': ['3', '4']}))
-    found, = data.sqa_set(str(tmp_path), 'test').questions
-    assert found.question == ("Context: Look.\nQuestion: Which?\nOptions: (A) x (B) y\nAnswer with the option's letter from the given choices "
-                              "directly.") and found.answers == ['B']
+    (found,) = evaluation.sqa_set(str(tmp_path), 'test')
+    assert (
+        found.towards == ('A',)
+        and found.answers == ['B']
+        and found.text
+        == (
+            "Context: Look.\nQuestion: Which?\nOptions: (A) x (B) y\n"
+            "Answer with the option's letter from the given choices directly."
+        )
+    )
     with pytest.raises(SystemExit, match='--split val: .*has test'):
-        data.sqa_set(str(tmp_path), 'val')
+        evaluation.sqa_set(str(tmp_path), 'val')

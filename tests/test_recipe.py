@@ -4,6 +4,7 @@ Where the behaviour is meant to change, recipe_clip.jsonl and recipe_llava.jsonl
 
     RECIPE=write python -m pytest tests/test_recipe.py
 """
+
 import json
 import math
 import os
@@ -20,26 +21,32 @@ import data
 import llava_adv
 
 # ------------------------------------------------------------------- names and units that may move: only here
-parse = clip_adv.parse
-clip_lr = clip_adv.lr_at         # (Config, step) → learning rate
-llava_rate = llava_adv.rate_at   # (Config, step, steps of the sub-stage) → fraction of the peak
-WARMUP_STEPS, WARMUP_FRACTION = 'warmup', 'warmup'  # what the settings are called in stage 1 and in stage 2
+parse = data.parse
+
+
+def clip_lr(cfg, step: int) -> float:
+    return clip_adv.lr_at(cfg.lr, step, cfg.steps, cfg.warmup)
+
+
+def llava_rate(cfg, step: int, steps: int) -> float:
+    """Fraction of the peak."""
+    return clip_adv.lr_at(1.0, step, steps, cfg.warmup)
 
 
 def adapted_layer(r: int, alpha: float) -> torch.nn.Module:
     with torch.random.fork_rng():
         layer = llava_adv.Linear(6, 5, bias=True)
-    layer.add_adapter(r, alpha, dropout=0., salt=0, generator=data.generator(0, 'test', 0))
+    layer.add_adapter(r, alpha, dropout=0.0, salt=0, generator=data.generator(0, 'test', 0))
     return layer
 
 
 # ------------------------------------------------------------------------------------------------ the recipes
 # The defaults of both stages, in numbers, so that a changed default is a failed test.
-CLIP_LR, CLIP_WD, CLIP_BETA2, CLIP_STEPS, CLIP_WARMUP = 1.5e-3, .05, .95, 5000, 100
+CLIP_LR, CLIP_WD, CLIP_BETA2, CLIP_STEPS, CLIP_WARMUP = 1.5e-3, 0.05, 0.95, 5000, 100
 LLAVA_LR_A, LLAVA_LRS_B = 3e-3, (2e-3, 1e-3, 3e-4)  # of the projector; of adapters, projector and tower
-LLAVA_WD, LLAVA_BETA2 = 0., .999
-LLAVA_WARMUP, LORA_R, LORA_ALPHA = .03, 16, 32.
-BETA1, ADAM_EPS, CLIP_NORM = .9, 1e-8, 1.
+LLAVA_WD, LLAVA_BETA2 = 0.0, 0.999
+LLAVA_WARMUP, LORA_R, LORA_ALPHA = 0.03, 16, 32.0
+BETA1, ADAM_EPS, CLIP_NORM = 0.9, 1e-8, 1.0
 
 STEPS, WARMUP, STEPS_A, STEPS_B = 20, 3, 8, 12  # of the runs here
 HERE = Path(__file__).parent
@@ -49,13 +56,15 @@ SCHEDULE, MEASURED = ('step', 'lr', 'eps', 'alpha', 'k'), ('loss_adv', 'loss_cle
 # gradient in pixels where it is next to nothing, a step is as long there as anywhere, and 20 updates add
 # that up. Kernels of other instruction sets (ATEN_CPU_CAPABILITY=avx2 and default, beside AVX-512) moved
 # losses by up to 6e-5 in stage 1 and 4e-6 in stage 2, the norms of gradients by up to 6e-4 and 1e-6.
-TOLERANCE = {'clip': {'loss_adv': 1e-3, 'loss_clean': 1e-3, 'grad_norm': 1e-2},
-             'llava': {'loss_adv': 1e-4, 'loss_clean': 1e-4, 'grad_norm': 1e-3}}
+TOLERANCE = {
+    'clip': {'loss_adv': 1e-3, 'loss_clean': 1e-3, 'grad_norm': 1e-2},
+    'llava': {'loss_adv': 1e-4, 'loss_clean': 1e-4, 'grad_norm': 1e-3},
+}
 
 
 class Recorded(NamedTuple):
     rows: list[dict]  # log.jsonl
-    updates: list     # for each update and each group of parameters: [(value, gradient, new value)]
+    updates: list  # for each update and each group of parameters: [(value, gradient, new value)]
 
 
 def recorded(stage, out: Path, settings: dict) -> Recorded:
@@ -63,12 +72,18 @@ def recorded(stage, out: Path, settings: dict) -> Recorded:
     updates = []
 
     def keep_before(optimizer, *_):
-        updates.append([[(p.detach().clone(), p.grad.clone()) for p in group['params']]
-                        for group in optimizer.param_groups])
+        updates.append(
+            [
+                [(p.detach().clone(), p.grad.clone()) for p in group['params']]
+                for group in optimizer.param_groups
+            ]
+        )
 
     def keep_after(optimizer, *_):
-        updates[-1] = [[(*kept, p.detach().clone()) for kept, p in zip(before, group['params'], strict=True)]
-                       for before, group in zip(updates[-1], optimizer.param_groups, strict=True)]
+        updates[-1] = [
+            [(*kept, p.detach().clone()) for kept, p in zip(before, group['params'], strict=True)]
+            for before, group in zip(updates[-1], optimizer.param_groups, strict=True)
+        ]
 
     torch.set_num_threads(1)
     hooks = register_optimizer_step_pre_hook(keep_before), register_optimizer_step_post_hook(keep_after)
@@ -85,7 +100,7 @@ def recorded(stage, out: Path, settings: dict) -> Recorded:
 @pytest.fixture(scope='module')
 def clip_run(tmp_path_factory) -> Recorded:
     """Stage 1 as it is by default but for its length: model, batch and data are small enough."""
-    settings = {'steps': STEPS, WARMUP_STEPS: WARMUP}
+    settings = {'steps': STEPS, 'warmup': WARMUP / STEPS}
     return recorded(clip_adv, tmp_path_factory.mktemp('recipe') / 'clip', settings)
 
 
@@ -93,7 +108,8 @@ def clip_run(tmp_path_factory) -> Recorded:
 def llava_run(parts, tmp_path_factory) -> Recorded:
     """Stage 2 with the default optimizers, attack and adapters, on a smaller model and batch."""
     settings = {name: parts[name] for name in ('init', 'llm', 'data', 'data_a')} | dict(
-        steps_a=STEPS_A, steps_b=STEPS_B, batch_a=8, batch_size=8)
+        steps_a=STEPS_A, steps_b=STEPS_B, batch_a=8, batch_size=8
+    )
     return recorded(llava_adv, tmp_path_factory.mktemp('recipe') / 'llava', settings)
 
 
@@ -103,13 +119,15 @@ def cosine(done: float) -> float:
 
 
 def clip_rates() -> list[float]:
-    return [CLIP_LR * (n + 1) / WARMUP if n < WARMUP else CLIP_LR * cosine((n - WARMUP) / (STEPS - WARMUP))
-            for n in range(STEPS)]
+    return [
+        CLIP_LR * (n + 1) / WARMUP if n < WARMUP else CLIP_LR * cosine((n - WARMUP) / (STEPS - WARMUP))
+        for n in range(STEPS)
+    ]
 
 
 def llava_rates(steps: int) -> list[float]:
     """Fractions of the peak; 3 % of 8 and of 12 steps are one step of warm-up."""
-    return [1., *(cosine(n / (steps - 1)) for n in range(steps - 1))]
+    return [1.0, *(cosine(n / (steps - 1)) for n in range(steps - 1))]
 
 
 # --------------------------------------------------------------------------------------------- the stored log
@@ -140,8 +158,10 @@ def test_the_log_has_all_parts_of_the_schedule(clip_run, llava_run):
 # ------------------------------------------------------------------------------------------------- the update
 def assert_clipped(run: Recorded):
     """The gradient of all parameters together is at most 1 long; a shorter one is left alone."""
-    norms = [sum(g.double().square().sum() for group in update for _, g, _ in group).sqrt().item()
-             for update in run.updates]
+    norms = [
+        sum(g.double().square().sum() for group in update for _, g, _ in group).sqrt().item()
+        for update in run.updates
+    ]
     before = [row['grad_norm'] for row in run.rows]
     assert norms == pytest.approx([min(norm, CLIP_NORM) for norm in before], rel=1e-5)
     assert max(before) > 1.1 * CLIP_NORM  # or nothing was tested
@@ -150,17 +170,17 @@ def assert_clipped(run: Recorded):
 def assert_adamw(updates: list, rates: list[list[float]], beta2: float, decay):
     """Each update is AdamW's, from the gradients so far.   rates: of an update's groups.   decay: p → λ
 
-        m ← β₁ m + (1 − β₁) g       v ← β₂ v + (1 − β₂) g²
-        θ ← (1 − ηλ) θ − η m/(1 − β₁ᵗ) / (√(v/(1 − β₂ᵗ)) + 1e-8)
+    m ← β₁ m + (1 − β₁) g       v ← β₂ v + (1 − β₂) g²
+    θ ← (1 − ηλ) θ − η m/(1 − β₁ᵗ) / (√(v/(1 − β₂ᵗ)) + 1e-8)
     """
     moments: dict = {}
     for t, (groups, group_rates) in enumerate(zip(updates, rates, strict=True), 1):
         for number, (group, rate) in enumerate(zip(groups, group_rates, strict=True)):
             for place, kept in enumerate(group):
                 before, g, after = (x.double() for x in kept)
-                m, v = moments.get((number, place), (0., 0.))
-                moments[number, place] = m, v = BETA1 * m + (1 - BETA1) * g, beta2 * v + (1 - beta2) * g ** 2
-                step = m / (1 - BETA1 ** t) / ((v / (1 - beta2 ** t)).sqrt() + ADAM_EPS)
+                m, v = moments.get((number, place), (0.0, 0.0))
+                moments[number, place] = m, v = BETA1 * m + (1 - BETA1) * g, beta2 * v + (1 - beta2) * g**2
+                step = m / (1 - BETA1**t) / ((v / (1 - beta2**t)).sqrt() + ADAM_EPS)
                 error = after - (before * (1 - rate * decay(before)) - rate * step)
                 # float32 has 24 bits for the value, and the step is rounded, too
                 assert error.abs().max() <= 2e-7 * before.abs().max() + 1e-5 * rate, (t, number, place)
@@ -168,8 +188,12 @@ def assert_adamw(updates: list, rates: list[list[float]], beta2: float, decay):
 
 def test_clip_updates_by_the_formula(clip_run):
     assert_clipped(clip_run)
-    assert_adamw(clip_run.updates, [[rate, rate] for rate in clip_rates()], CLIP_BETA2,
-                 lambda p: CLIP_WD if p.ndim >= 2 else 0.)
+    assert_adamw(
+        clip_run.updates,
+        [[rate, rate] for rate in clip_rates()],
+        CLIP_BETA2,
+        lambda p: CLIP_WD if p.ndim >= 2 else 0.0,
+    )
 
 
 def test_llava_updates_by_the_formula(llava_run):
@@ -177,8 +201,12 @@ def test_llava_updates_by_the_formula(llava_run):
     assert_clipped(llava_run)
     a, b = llava_run.updates[:STEPS_A], llava_run.updates[STEPS_A:]
     assert_adamw(a, [[LLAVA_LR_A * rate] for rate in llava_rates(STEPS_A)], LLAVA_BETA2, lambda p: LLAVA_WD)
-    assert_adamw(b, [[peak * rate for peak in LLAVA_LRS_B] for rate in llava_rates(STEPS_B)], LLAVA_BETA2,
-                 lambda p: LLAVA_WD)
+    assert_adamw(
+        b,
+        [[peak * rate for peak in LLAVA_LRS_B] for rate in llava_rates(STEPS_B)],
+        LLAVA_BETA2,
+        lambda p: LLAVA_WD,
+    )
 
 
 # ----------------------------------------------------------------------------------------------- closed forms
@@ -186,12 +214,18 @@ def test_clip_learning_rate():
     """Warm-up ends at the peak, where the cosine begins; it would be 0 just after the end."""
     cfg = clip_adv.Config()
     half = (CLIP_STEPS - CLIP_WARMUP) // 2
-    for step, expected in [(0, 1 / CLIP_WARMUP), (CLIP_WARMUP - 2, 1 - 1 / CLIP_WARMUP), (CLIP_WARMUP - 1, 1),
-                           (CLIP_WARMUP, 1), (CLIP_WARMUP + 1, cosine(1 / (2 * half))),
-                           (CLIP_WARMUP + half, 1 / 2), (CLIP_STEPS - 1, cosine(1 - 1 / (2 * half)))]:
+    for step, expected in [
+        (0, 1 / CLIP_WARMUP),
+        (CLIP_WARMUP - 2, 1 - 1 / CLIP_WARMUP),
+        (CLIP_WARMUP - 1, 1),
+        (CLIP_WARMUP, 1),
+        (CLIP_WARMUP + 1, cosine(1 / (2 * half))),
+        (CLIP_WARMUP + half, 1 / 2),
+        (CLIP_STEPS - 1, cosine(1 - 1 / (2 * half))),
+    ]:
         assert clip_lr(cfg, step) == pytest.approx(CLIP_LR * expected, rel=1e-6, abs=1e-15), step
-    short = clip_adv.Config(steps=10, lr=1., **{WARMUP_STEPS: 4})
-    expected = [1 / 4, 2 / 4, 3 / 4, 1, 1, (1 + 3 ** .5 / 2) / 2, 3 / 4, 1 / 2, 1 / 4, (1 - 3 ** .5 / 2) / 2]
+    short = clip_adv.Config(steps=10, lr=1.0, warmup=0.4)
+    expected = [1 / 4, 2 / 4, 3 / 4, 1, 1, (1 + 3**0.5 / 2) / 2, 3 / 4, 1 / 2, 1 / 4, (1 - 3**0.5 / 2) / 2]
     assert [clip_lr(short, step) for step in range(10)] == pytest.approx(expected, rel=1e-12)
 
 
@@ -200,16 +234,23 @@ def test_llava_learning_rate():
     for steps in (500, 300):
         warmup = round(LLAVA_WARMUP * steps)
         rest = steps - warmup
-        for step, expected in [(0, 1 / warmup), (warmup - 2, 1 - 1 / warmup), (warmup - 1, 1), (warmup, 1),
-                               (warmup + 1, cosine(1 / rest)), (warmup + rest // 3, cosine(rest // 3 / rest)),
-                               (steps - 1, cosine(1 - 1 / rest)), (steps, 0)]:
+        for step, expected in [
+            (0, 1 / warmup),
+            (warmup - 2, 1 - 1 / warmup),
+            (warmup - 1, 1),
+            (warmup, 1),
+            (warmup + 1, cosine(1 / rest)),
+            (warmup + rest // 3, cosine(rest // 3 / rest)),
+            (steps - 1, cosine(1 - 1 / rest)),
+            (steps, 0),
+        ]:
             assert llava_rate(cfg, step, steps) == pytest.approx(expected, rel=1e-6, abs=1e-12), (steps, step)
-    short = llava_adv.Config(**{WARMUP_FRACTION: .31})  # 3.1 steps of 10: begun is counted
-    expected = [1 / 4, 2 / 4, 3 / 4, 1, 1, (1 + 3 ** .5 / 2) / 2, 3 / 4, 1 / 2, 1 / 4, (1 - 3 ** .5 / 2) / 2]
+    short = llava_adv.Config(warmup=0.31)  # 3.1 steps of 10: begun is counted
+    expected = [1 / 4, 2 / 4, 3 / 4, 1, 1, (1 + 3**0.5 / 2) / 2, 3 / 4, 1 / 2, 1 / 4, (1 - 3**0.5 / 2) / 2]
     assert [llava_rate(short, step, 10) for step in range(10)] == pytest.approx(expected, rel=1e-12)
 
 
-@pytest.mark.parametrize('r, alpha, scale', [(4, 8., 2.), (LORA_R, LORA_ALPHA, 2.), (9, 3., 1 / 3)])
+@pytest.mark.parametrize('r, alpha, scale', [(4, 8.0, 2.0), (LORA_R, LORA_ALPHA, 2.0), (9, 3.0, 1 / 3)])
 def test_an_adapter_adds_alpha_over_r_times_b_a(r, alpha, scale):
     """α/r, as in LoRA's paper, and neither α/√r nor α."""
     layer, g = adapted_layer(r, alpha), torch.Generator().manual_seed(0)

@@ -1,4 +1,5 @@
-"""Training as a user runs it: launchers, processes, signals, resuming, bad input; and that the defence works."""
+"""Training as a user runs it: launchers, processes, signals, resuming, bad input; that the defence works."""
+
 import json
 import os
 import resource
@@ -13,13 +14,14 @@ from conftest import ROOT, TINY, environment, execute, flags, torchrun
 from PIL import Image
 
 import clip_adv
+import data
 import eval as evaluation
 
 SCRIPT, ONE_STEP = ROOT / 'clip_adv.py', ROOT / 'tests' / 'one_step.py'
 
 
 def train(**settings):
-    clip_adv.main(*clip_adv.parse(clip_adv.Config, '', flags(**{**TINY, **settings})))
+    clip_adv.main(*data.parse(clip_adv.Config, '', flags(**{**TINY, **settings})))
 
 
 def state(out):
@@ -39,22 +41,29 @@ def assert_same_state(a, b):
 def quantities(out):
     """log.jsonl without what the clock and the memory say."""
     drop = ('attack_ms', 'train_ms', 'images_per_s', 'peak_memory_mb')
-    return [{k: v for k, v in json.loads(line).items() if k not in drop} for line in (out / 'log.jsonl').read_text().splitlines()]
+    return [
+        {k: v for k, v in json.loads(line).items() if k not in drop}
+        for line in (out / 'log.jsonl').read_text().splitlines()
+    ]
 
 
 def relative(a, b):
     """‖a − b‖ / ‖b‖ over all parameters together."""
-    return (sum(((x - y) ** 2).sum() for x, y in zip(a, b)) / sum((y ** 2).sum() for y in b)).sqrt().item()
+    return (sum(((x - y) ** 2).sum() for x, y in zip(a, b)) / sum((y**2).sum() for y in b)).sqrt().item()
 
 
-# ----------------------------------------------------------------------------------------------------------- processes
+# -------------------------------------------------------------------------------------------------- processes
 @pytest.mark.parametrize('processes', [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_processes_make_the_step_of_one(tmp_path, processes):
-    """The whole adversarial step on 1 and on several processes, same global batch: gradients agree to 1e-5, images to the bit."""
-    settings = dict(TINY, steps=1, clip=1e9)
+    """The whole adversarial step on 1 and on several processes, same global batch: gradients agree to 1e-5,
+    images to the bit."""
+    settings = dict(TINY, steps=1, grad_clip=1e9)
     execute([sys.executable, str(ONE_STEP), str(tmp_path / 'one'), *flags(**settings, out=tmp_path / 'r1')])
     execute(torchrun(processes, ONE_STEP, str(tmp_path / 'many'), *flags(**settings, out=tmp_path / 'r2')))
-    one, *many = (torch.load(tmp_path / name, weights_only=True) for name in ('one.0', *(f'many.{r}' for r in range(processes))))
+    one, *many = (
+        torch.load(tmp_path / name, weights_only=True)
+        for name in ('one.0', *(f'many.{r}' for r in range(processes)))
+    )
     for part in range(3):  # clean images, random start, adversarial images
         whole = torch.cat([r['seen'][0][part] for r in many])
         assert torch.equal(whole, one['seen'][0][part]), part
@@ -62,32 +71,47 @@ def test_processes_make_the_step_of_one(tmp_path, processes):
     assert (x_adv - x).abs().max() > 7.9 / 255  # there was an attack
     for rank in many:
         assert relative(rank['updates'][0], one['updates'][0]) <= 1e-5
-    assert quantities(tmp_path / 'r1')[0]['loss_adv'] == pytest.approx(quantities(tmp_path / 'r2')[0]['loss_adv'], rel=1e-5)
+    assert quantities(tmp_path / 'r1')[0]['loss_adv'] == pytest.approx(
+        quantities(tmp_path / 'r2')[0]['loss_adv'], rel=1e-5
+    )
 
 
 @pytest.mark.slow
 def test_every_launcher(tmp_path):
-    """python, torchrun, torchrun with 2 processes: same samples, so the same curve up to the order of sums."""
+    """python, torchrun, torchrun with 2 processes: same samples, so the same curve up to the order of
+    sums."""
     execute([sys.executable, str(SCRIPT), *flags(**TINY, out=tmp_path / 'python')])
     execute(torchrun(1, SCRIPT, *flags(**TINY, out=tmp_path / 'torchrun')))
     execute(torchrun(2, SCRIPT, *flags(**TINY, out=tmp_path / 'two')))
     assert_same_state(state(tmp_path / 'python'), state(tmp_path / 'torchrun'))
     for row, row2 in zip(quantities(tmp_path / 'python'), quantities(tmp_path / 'two'), strict=True):
-        assert row['loss_adv'] == pytest.approx(row2['loss_adv'], rel=1e-3)  # signs near 0 flip, and steps add that up
+        assert row['loss_adv'] == pytest.approx(
+            row2['loss_adv'], rel=1e-3
+        )  # signs near 0 flip, and steps add that up
 
 
-# ------------------------------------------------------------------------------------------------ stopping and resuming
+# -------------------------------------------------------------------------------------- stopping and resuming
 def test_resume_after_sigkill_is_bit_exact(tmp_path):
     whole, killed = tmp_path / 'whole', tmp_path / 'killed'
-    output = execute([sys.executable, str(SCRIPT), *flags(**TINY, out=whole, resume=True)])  # --resume of nothing: starts
+    output = execute(
+        [sys.executable, str(SCRIPT), *flags(**TINY, out=whole, resume=True)]
+    )  # --resume of nothing: starts
     assert 'continuing' not in output
-    command = [sys.executable, str(ONE_STEP), str(tmp_path / 'unused'), f'kill=5:{int(signal.SIGKILL)}', *flags(**TINY, out=killed)]
+    command = [
+        sys.executable,
+        str(ONE_STEP),
+        str(tmp_path / 'unused'),
+        f'kill=5:{int(signal.SIGKILL)}',
+        *flags(**TINY, out=killed),
+    ]
     assert subprocess.run(command, env=environment(), capture_output=True).returncode == -signal.SIGKILL
     assert state(killed)['step'] == 4 and len(quantities(killed)) == 2
     with open(killed / 'log.jsonl', 'a') as file:
         file.write('{"step": 6, "loss_adv": 99}\n{"step": 8, "lo')  # after the checkpoint, and torn
     (killed / 'open_clip_model.safetensors').write_bytes(b'torn')
-    output = execute([sys.executable, str(SCRIPT), '--resume', '--out', str(killed)])  # no other flag is needed
+    output = execute(
+        [sys.executable, str(SCRIPT), '--resume', '--out', str(killed)]
+    )  # no other flag is needed
     assert 'continuing after update 4' in output
     assert_same_state(state(killed), state(whole))
     assert quantities(killed) == quantities(whole)
@@ -99,9 +123,17 @@ def test_resume_after_sigkill_is_bit_exact(tmp_path):
 def test_signal_saves_and_says_how_to_continue(tmp_path, number):
     whole, stopped = tmp_path / 'whole', tmp_path / 'stopped'
     train(out=whole)
-    command = [sys.executable, str(ONE_STEP), str(tmp_path / 'unused'), f'kill=3:{int(number)}', *flags(**TINY, out=stopped)]
+    command = [
+        sys.executable,
+        str(ONE_STEP),
+        str(tmp_path / 'unused'),
+        f'kill=3:{int(number)}',
+        *flags(**TINY, out=stopped),
+    ]
     done = subprocess.run(command, env=environment(), capture_output=True, text=True)
-    assert done.returncode == 128 + number and 'saved after update 3 of 6' in done.stdout, done.stdout + done.stderr
+    assert done.returncode == 128 + number and 'saved after update 3 of 6' in done.stdout, (
+        done.stdout + done.stderr
+    )
     assert f'--out {stopped} --resume' in done.stdout and state(stopped)['step'] == 3
     train(out=stopped, resume=True)
     assert_same_state(state(stopped), state(whole))
@@ -112,8 +144,11 @@ def test_two_processes_stop_at_the_same_step_and_resume_bit_exactly(tmp_path):
     whole, stopped = tmp_path / 'whole', tmp_path / 'stopped'
     execute(torchrun(2, SCRIPT, *flags(**TINY, out=whole)))
     wrapper = tmp_path / 'wrapper.py'
-    wrapper.write_text(f'import os, sys, runpy\nsys.argv = ["one_step.py", "{tmp_path}/unused", *(["kill=3:15"] if '
-                       f'os.environ["RANK"] == "1" else []), *sys.argv[1:]]\nrunpy.run_path("{ONE_STEP}", run_name="__main__")')
+    wrapper.write_text(
+        f'import os, sys, runpy\nsys.argv = ["one_step.py", "{tmp_path}/unused", *(["kill=3:15"] if '
+        f'os.environ["RANK"] == "1" else []), *sys.argv[1:]]\n'
+        f'runpy.run_path("{ONE_STEP}", run_name="__main__")'
+    )
     output = execute(torchrun(2, wrapper, *flags(**TINY, out=stopped)), fails=True)
     assert 'saved after update 3 of 6' in output and state(stopped)['step'] == 3
     execute(torchrun(2, SCRIPT, *flags(out=stopped, resume=True)))
@@ -127,38 +162,40 @@ def test_torchrun_restart_implies_resume(tmp_path, monkeypatch):
     monkeypatch.setenv('TORCHELASTIC_RESTART_COUNT', '1')
     train(out=tmp_path)
     assert_same_state(state(tmp_path), before)
-    with pytest.raises(SystemExit, match='--seed 1: the run in .* has 0'):  # died before it could replace the old run, which is not what was asked for
-        train(out=tmp_path, seed=1, overwrite=True)
+    with pytest.raises(SystemExit, match='--seed 1: the run in .* has 0'):  # another run was asked for
+        train(out=tmp_path, seed=1)
 
 
 def test_a_run_is_never_overwritten_by_accident(tmp_path):
     train(out=tmp_path, steps=2)
     before = state(tmp_path)
-    with pytest.raises(SystemExit, match='--resume.*--overwrite'):
+    with pytest.raises(SystemExit, match='holds a run: continue it with --resume, or give another --out'):
         train(out=tmp_path)
     with pytest.raises(SystemExit, match='--eps 4.0: the run in .* has 8.0'):
         train(out=tmp_path, steps=2, eps=4, resume=True)
-    with pytest.raises(SystemExit, match='exclude each other'):
-        train(out=tmp_path, steps=2, overwrite=True, resume=True)
-    for bad in (dict(eps=-1), dict(data='nowhere'), dict(init='nowhere')):
-        with pytest.raises(SystemExit):
-            train(out=tmp_path, overwrite=True, **bad)  # deletes nothing when it cannot begin
-    with pytest.raises(SystemExit, match='the loss is nan'):  # begins, and fails before its first checkpoint
-        train(out=tmp_path, overwrite=True, lr=1e18, warmup=1, save_every=100, steps=100)
-    os.replace(tmp_path / 'replaced_train_state.pt', tmp_path / 'train_state.pt')
     assert_same_state(state(tmp_path), before)
     (tmp_path / 'file').write_text('')
     with pytest.raises(SystemExit, match='--out .*file'):
         train(out=tmp_path / 'file' / 'run')
-    train(out=tmp_path, steps=3, overwrite=True)
-    assert state(tmp_path)['step'] == 3 and not list(tmp_path.glob('replaced_*'))
-    model = tmp_path / 'model'  # a model without a checkpoint, such as one copied from elsewhere, is not touched either
-    model.mkdir()
-    (model / 'open_clip_model.safetensors').write_bytes(b'the only copy')
+    other = tmp_path / 'other'  # whatever is in a folder that is not empty stays as it is
+    other.mkdir()
+    (other / 'train_config.json').write_text('{"lr": 1}')  # of somebody else's training
     for resume in (False, True):
-        with pytest.raises(SystemExit, match='holds files that are of no run'):
-            train(out=model, resume=resume)
-    assert (model / 'open_clip_model.safetensors').read_bytes() == b'the only copy'
+        with pytest.raises(SystemExit, match='is not empty and holds no run: give another --out'):
+            train(out=other, resume=resume)
+    assert [f.name for f in other.iterdir()] == ['train_config.json']
+
+
+def test_a_run_without_a_checkpoint_goes_on_with_its_own_settings(tmp_path):
+    """From update 0, where nothing was saved yet."""
+    train(out=tmp_path / 'whole')
+    train(out=tmp_path / 'lost')
+    for file in (tmp_path / 'lost').glob('*train_state.pt'):
+        file.unlink()
+    data_parse = data.parse(clip_adv.Config, '', ['--out', str(tmp_path / 'lost'), '--resume'])
+    clip_adv.main(*data_parse)
+    assert_same_state(state(tmp_path / 'lost'), state(tmp_path / 'whole'))
+    assert quantities(tmp_path / 'lost') == quantities(tmp_path / 'whole')
 
 
 def test_a_truncated_checkpoint(tmp_path, capsys):
@@ -172,15 +209,19 @@ def test_a_truncated_checkpoint(tmp_path, capsys):
     assert_same_state(state(tmp_path), whole)
     for f in (file, previous):
         f.write_bytes(b'')
-    with pytest.raises(SystemExit, match='cannot read .*train_state.pt.*--overwrite'):
+    with pytest.raises(SystemExit, match='cannot read .*train_state.pt.*nothing is left to resume'):
         train(out=tmp_path, resume=True)
 
 
 def test_nothing_is_unpickled(tmp_path):
     """A checkpoint that runs code when unpickled does not run it."""
+
     class Evil:
         def __reduce__(self):
             return os.mkdir, (str(tmp_path / 'gotcha'),)
+
+    train(out=tmp_path)
+    (tmp_path / 'previous_train_state.pt').unlink()
     torch.save({'step': Evil()}, tmp_path / 'train_state.pt')
     with pytest.raises(SystemExit, match='cannot read'):
         train(out=tmp_path, resume=True)
@@ -192,36 +233,69 @@ def test_full_disk_keeps_the_last_checkpoint(tmp_path):
     whole, full = tmp_path / 'whole', tmp_path / 'full'
     train(out=whole)
     limit = (whole / 'train_state.pt').stat().st_size // 2
-    command = [sys.executable, str(ONE_STEP), str(tmp_path / 'unused'), f'kill=3:{int(signal.SIGTERM)}', *flags(**TINY, out=full)]
+    command = [
+        sys.executable,
+        str(ONE_STEP),
+        str(tmp_path / 'unused'),
+        f'kill=3:{int(signal.SIGTERM)}',
+        *flags(**TINY, out=full),
+    ]
     subprocess.run(command, env=environment(), capture_output=True)
     before = state(full)
-    done = subprocess.run([sys.executable, str(SCRIPT), *flags(out=full, resume=True)], env=environment(), capture_output=True, text=True,
-                          preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
-    assert done.returncode == 1 and 'error: cannot write' in done.stderr and '--resume' in done.stderr, done.stderr
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), *flags(out=full, resume=True)],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+    )
+    assert (
+        done.returncode == 1 and 'error: cannot write' in done.stderr and '--resume' in done.stderr
+    ), done.stderr
     assert 'Traceback' not in done.stderr and not list(full.glob('*.tmp'))
     assert before['step'] == 3
     assert_same_state(state(full), before)
-    execute([sys.executable, str(SCRIPT), *flags(out=full, resume=True)])  # room again: it goes on as if nothing had been
+    execute(
+        [sys.executable, str(SCRIPT), *flags(out=full, resume=True)]
+    )  # room again: it goes on as if nothing had been
     assert_same_state(state(full), state(whole))
 
 
 def test_non_finite_loss_stops_and_keeps_the_checkpoint(tmp_path):
-    with pytest.raises(SystemExit, match=r'update 2: the loss is nan.*checkpoint after update 1 is kept.*--lr'):
-        train(out=tmp_path, steps=200, lr=1e18, warmup=1, save_every=1)
+    with pytest.raises(
+        SystemExit, match=r'update 2: the loss is nan.*checkpoint after update 1 is kept.*--lr'
+    ):
+        train(out=tmp_path, steps=200, lr=1e18, warmup=0, save_every=1)
     assert state(tmp_path)['step'] == 1
 
 
-# ----------------------------------------------------------------------------------------------------------- bad input
-@pytest.mark.parametrize('settings, message', [
-    (dict(eps=-1), '--eps -1'), (dict(eps=.0157), 'did you mean 4'), (dict(alpha=16.5), '--alpha 16.5.*2ε = 16'),
-    (dict(alpha=0), '--alpha 0'), (dict(k=0), '--k 0.*--eps 0'), (dict(size=18), 'size.*18 / 4'),
-    (dict(width=40), 'width.*40 / 16'), (dict(text_heads=3), 'text_heads.*16 / 3'), (dict(batch_size=1), '--batch_size 1'),
-    (dict(steps=0), '--steps 0'), (dict(eps_from=.5, eps_to=.2), '--eps_from 0.5'), (dict(lr=0), '--lr 0'),
-    (dict(data='nowhere'), '--data nowhere: no such folder'), (dict(init='nowhere'), '--init nowhere: no such file or directory'),
-    (dict(tokenizer='nowhere'), '--tokenizer nowhere'), (dict(arch='nowhere'), '--arch'),
-    (dict(holdout='pink circle'), '--holdout pink circle'), (dict(save_every=0), '--save_every 0'), (dict(context=2), '--context 2'),
-    (dict(vocab_size=100), '--vocab_size 100'),
-    (dict(init='.', tokenizer='b'), '--init . brings its own'), (dict(init='a', tokenizer='b'), '--init a: no such file')])
+# -------------------------------------------------------------------------------------------------- bad input
+@pytest.mark.parametrize(
+    'settings, message',
+    [
+        (dict(eps=-1), '--eps -1'),
+        (dict(eps=0.0157), 'did you mean 4'),
+        (dict(alpha=16.5), '--alpha 16.5.*2ε = 16'),
+        (dict(alpha=0), '--alpha 0'),
+        (dict(k=0), '--k 0.*--eps 0'),
+        (dict(size=18), 'size.*18 / 4'),
+        (dict(width=40), 'width.*40 / 16'),
+        (dict(text_heads=3), 'text_heads.*16 / 3'),
+        (dict(batch_size=1), '--batch_size 1'),
+        (dict(warmup=2), '--warmup 2: must be a fraction'),
+        (dict(steps=0), '--steps 0'),
+        (dict(eps_from=0.5, eps_to=0.2), '--eps_from 0.5'),
+        (dict(lr=0), '--lr 0'),
+        (dict(data='nowhere'), '--data nowhere: no such folder'),
+        (dict(tokenizer='nowhere'), '--tokenizer nowhere'),
+        (dict(holdout='pink circle'), '--holdout pink circle'),
+        (dict(save_every=0), '--save_every 0'),
+        (dict(context=2), '--context must be at least 3'),
+        (dict(vocab_size=100), '--vocab_size 100'),
+        (dict(init='.', tokenizer='b'), '--init brings its own model: leave .*--tokenizer.* out'),
+        (dict(arch='b'), '--arch brings its own model: leave .*--width out'),
+    ],
+)
 def test_bad_settings(tmp_path, settings, message):
     with pytest.raises(SystemExit, match=message):
         train(out=tmp_path / 'run', **settings)
@@ -231,17 +305,26 @@ def test_bad_settings(tmp_path, settings, message):
 def test_bad_command_lines(tmp_path, capsys):
     for flag in ('--epsilon', '--ep'):  # no abbreviations
         with pytest.raises(SystemExit):
-            clip_adv.parse(clip_adv.Config, '', [flag, '4'])
+            data.parse(clip_adv.Config, '', [flag, '4'])
         assert f'unrecognized arguments: {flag}' in capsys.readouterr().err
     output = execute(torchrun(2, SCRIPT, *flags(**dict(TINY, batch_size=7), out=tmp_path)), fails=True)
-    assert '--batch_size 7: must be divisible by the 2 processes' in output
+    assert '--batch_size 7: must be at least 2' in output and 'divisible by the 2 processes' in output
     assert '1/255' in execute([sys.executable, str(SCRIPT), '--help'])
 
 
 def test_init_of_another_architecture(tmp_path):
     train(out=tmp_path / 'a', steps=1)
-    with pytest.raises(SystemExit, match='--init .* is of another architecture: its width is 32, --width says 48'):
-        train(out=tmp_path / 'b', init=tmp_path / 'a', width=48)
+    for flag, message in (
+        (dict(width=48), '--init brings its own model: leave --width out'),
+        (dict(size=18), '18 / 4'),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            settings = flags(out=tmp_path / 'b', init=tmp_path / 'a', steps=1, **flag)
+            clip_adv.main(*data.parse(clip_adv.Config, '', settings))
+    with pytest.raises(SystemExit, match='--init nowhere: no such file or directory'):
+        clip_adv.main(*data.parse(clip_adv.Config, '', flags(out=tmp_path / 'b', init='nowhere')))
+    with pytest.raises(SystemExit, match='--arch: cannot read nowhere'):
+        clip_adv.main(*data.parse(clip_adv.Config, '', flags(out=tmp_path / 'b', arch='nowhere')))
 
 
 def test_an_image_that_does_not_decode_is_named(tmp_path):
@@ -253,19 +336,30 @@ def test_an_image_that_does_not_decode_is_named(tmp_path):
     train(out=tmp_path / 'good', data=tmp_path, steps=2)  # a folder trains
     (tmp_path / '5.png').write_bytes(b'')
     for workers in (0, 1):
-        with pytest.raises(SystemExit, match='error: .*5.png.*no checkpoint was saved yet. Replace the image'):
+        with pytest.raises(SystemExit, match='error: .*5.png.*nothing was saved yet. Replace the image'):
             train(out=tmp_path / f'bad{workers}', data=tmp_path, steps=2, workers=workers)
 
 
-# ------------------------------------------------------------------------------------------------------------- compile
+# ---------------------------------------------------------------------------------------------------- compile
 def test_compiled_equals_eager(tmp_path):
-    """Same step, and both the attack (frozen weights: a graph of its own) and the update went through compiled towers."""
-    settings = dict(TINY, steps=1, clip=1e9)
+    """Same step, and both the attack (frozen weights: a graph of its own) and the update went through
+    compiled towers."""
+    settings = dict(TINY, steps=1, grad_clip=1e9)
     for name, compile in (('eager', False), ('compiled', True)):
-        execute([sys.executable, str(ONE_STEP), str(tmp_path / name), *flags(**settings, out=tmp_path / f'r_{name}', compile=compile)])
-    eager, compiled = (torch.load(tmp_path / f'{name}.0', weights_only=True) for name in ('eager', 'compiled'))
+        execute(
+            [
+                sys.executable,
+                str(ONE_STEP),
+                str(tmp_path / name),
+                *flags(**settings, out=tmp_path / f'r_{name}', compile=compile),
+            ]
+        )
+    eager, compiled = (
+        torch.load(tmp_path / f'{name}.0', weights_only=True) for name in ('eager', 'compiled')
+    )
     assert eager['graphs'] == 0
-    # text; images: frozen weights (attack), no gradient at all (clean loss), trainable weights (update). None may be missing.
+    # text; images: frozen weights (attack), no gradient at all (clean loss), trainable weights (update). None
+    # may be missing.
     assert compiled['graphs'] == 4
     different = (eager['seen'][0][2] - compiled['seen'][0][2]).abs() > 1e-6
     assert different.float().mean() < 1e-3  # a sign may flip where a pixel's gradient is 0 up to rounding
@@ -273,34 +367,50 @@ def test_compiled_equals_eager(tmp_path):
 
 
 def test_compile_without_a_compiler(tmp_path):
-    output = execute([sys.executable, str(SCRIPT), *flags(**TINY, out=tmp_path, compile=True)], fails=True, CXX='no-such-compiler')
+    output = execute(
+        [sys.executable, str(SCRIPT), *flags(**TINY, out=tmp_path, compile=True)],
+        fails=True,
+        CXX='no-such-compiler',
+    )
     assert '--compile on a CPU needs a C++ compiler' in output and '--no-compile' in output
 
 
-# ------------------------------------------------------------------------------------------------------------- schedule
+# --------------------------------------------------------------------------------------------------- schedule
 def test_attack_schedule():
-    cfg = clip_adv.Config(steps=1000, eps=8, alpha=6, k=2, eps_from=.2, eps_to=.6, k_from=.7)
-    at = lambda step: clip_adv.attack_at(cfg, step)
+    cfg = clip_adv.Config(steps=1000, eps=8, alpha=6, k=2, eps_from=0.2, eps_to=0.6, k_from=0.7)
+
+    def at(step):
+        return clip_adv.attack_at(cfg, step)
+
     assert at(0) == (0, 0, 0) and at(200) == (0, 0, 0)
-    assert at(400) == pytest.approx((4 / 255, 5 / 255, 1)) and at(699) == pytest.approx((8 / 255, 10 / 255, 1))
+    assert at(400) == pytest.approx((4 / 255, 5 / 255, 1)) and at(699) == pytest.approx(
+        (8 / 255, 10 / 255, 1)
+    )
     assert at(700) == pytest.approx((8 / 255, 6 / 255, 2))
-    early = clip_adv.Config(steps=1000, eps=8, alpha=6, k=2, eps_from=.2, eps_to=.6, k_from=0)
+    early = clip_adv.Config(steps=1000, eps=8, alpha=6, k=2, eps_from=0.2, eps_to=0.6, k_from=0)
     assert clip_adv.attack_at(early, 400) == pytest.approx((4 / 255, 3 / 255, 2))  # α scales with ε
     one = clip_adv.Config(steps=1000, eps=8, alpha=7, k=1, eps_from=0, eps_to=0)
-    assert clip_adv.attack_at(one, 0) == pytest.approx((8 / 255, 7 / 255, 1))       # K = 1: the user's α
+    assert clip_adv.attack_at(one, 0) == pytest.approx((8 / 255, 7 / 255, 1))  # K = 1: the user's α
     assert all(clip_adv.attack_at(clip_adv.Config(eps=0, alpha=0), s)[2] == 0 for s in (0, 3000))
-    rates = [clip_adv.lr_at(clip_adv.Config(steps=100, warmup=10, lr=1), s) for s in range(100)]
-    assert rates[0] == .1 and rates[9] == 1 and max(rates) == 1 and rates[99] < 1e-3 and rates[50:] == sorted(rates[50:], reverse=True)
+    rates = [clip_adv.lr_at(1, s, 100, 0.1) for s in range(100)]
+    assert (
+        rates[0] == 0.1
+        and rates[9] == 1
+        and max(rates) == 1
+        and rates[99] < 1e-3
+        and rates[50:] == sorted(rates[50:], reverse=True)
+    )
 
 
 def test_eps_0_sees_the_same_samples(tmp_path, monkeypatch):
     """--eps 0 changes the attack and nothing else: equal images, captions and number of updates."""
-    seen, batches = [], clip_adv.data.batches
+    seen, loader = [], data.loader
 
     def recording(*args, **kwargs):
-        seen.append(list(batches(*args, **kwargs)))
+        seen.append(list(loader(*args, **kwargs)))
         return seen[-1]
-    monkeypatch.setattr(clip_adv.data, 'batches', recording)
+
+    monkeypatch.setattr(data, 'loader', recording)
     for name, eps in (('clean', 0), ('adv', 8)):
         train(out=tmp_path / name, eps=eps)
     assert len(seen[0]) == len(seen[1]) == TINY['steps']
@@ -310,28 +420,56 @@ def test_eps_0_sees_the_same_samples(tmp_path, monkeypatch):
     assert all(r['loss_adv'] == pytest.approx(r['loss_clean'], abs=1e-6) for r in clean)
 
 
-# ------------------------------------------------------------------------------------------------------------- learning
+# --------------------------------------------------------------------------------------------------- learning
 def test_the_claim_in_miniature(tmp_path):
-    """Clean training collapses under attack, adversarial training does not: 16 tokens an image, 700 updates each."""
+    """Clean training collapses under attack, adversarial training does not: 16 tokens an image, 700 updates
+    each."""
     torch.set_num_threads(2)
-    small = dict(size=32, patch=8, steps=700, lr=2e-3, eps_from=.2, eps_to=.5, k_from=1., log_every=100, save_every=1000)
+    small = dict(
+        size=32,
+        patch=8,
+        steps=700,
+        lr=2e-3,
+        eps_from=0.2,
+        eps_to=0.5,
+        k_from=1.0,
+        log_every=100,
+        save_every=1000,
+    )
     results = {}
     for name, eps in (('vanilla', 0), ('delta', 8)):
-        clip_adv.main(*clip_adv.parse(clip_adv.Config, '', flags(**small, eps=eps, out=tmp_path / name)))
-    args = evaluation.parse(['zeroshot', str(tmp_path / 'vanilla'), str(tmp_path / 'delta'), '--split', 'val', '--n', '100',
-                             '--eps', '8', '--attack', 'apgd', '--quiet', '--json', str(tmp_path / 'result.json')])
+        clip_adv.main(*data.parse(clip_adv.Config, '', flags(**small, eps=eps, out=tmp_path / name)))
+    args = evaluation.parse(
+        [
+            'zeroshot',
+            str(tmp_path / 'vanilla'),
+            str(tmp_path / 'delta'),
+            '--split',
+            'val',
+            '--n',
+            '100',
+            '--eps',
+            '8',
+            '--attack',
+            'apgd',
+            '--quiet',
+            '--json',
+            str(tmp_path / 'result.json'),
+        ]
+    )
     assert evaluation.main(args) == 0
     for r in json.loads((tmp_path / 'result.json').read_text())['results']:
         results[r['dir'].split('/')[-1]] = r['clean_acc'], r['adv_acc']['8']
     # measured: vanilla 58 % → 2 %, Δ 40 % → 31 %; chance is 4 %
-    assert results['vanilla'][0] > .45 and results['vanilla'][1] < .15, results
-    assert results['delta'][1] > .22 and results['delta'][1] > results['vanilla'][1] + .12, results
+    assert results['vanilla'][0] > 0.45 and results['vanilla'][1] < 0.15, results
+    assert results['delta'][1] > 0.22 and results['delta'][1] > results['vanilla'][1] + 0.12, results
 
 
 @pytest.mark.gpu
 def test_on_cuda(tmp_path):
-    """bf16, compiled: the step trains, the images stay float32 and in the ball (check raises otherwise), and a run that
-    was stopped ends within a stated tolerance of one that was not: atomics and bf16 are not bit-exact."""
+    """bf16, compiled: the step trains, the images stay float32 and in the ball (check raises otherwise), and
+    a run that was stopped ends within a stated tolerance of one that was not: atomics and bf16 are not
+    bit-exact."""
     settings = dict(TINY, steps=40, save_every=20, log_every=10, lr=1e-3)
     train(out=tmp_path / 'whole', **settings)
     rows = quantities(tmp_path / 'whole')
@@ -340,4 +478,4 @@ def test_on_cuda(tmp_path):
     os.replace(tmp_path / 'half' / 'previous_train_state.pt', tmp_path / 'half' / 'train_state.pt')
     assert state(tmp_path / 'half')['step'] == 20
     train(out=tmp_path / 'half', resume=True, **settings)
-    assert quantities(tmp_path / 'half')[-1]['loss_adv'] == pytest.approx(rows[-1]['loss_adv'], rel=.05)
+    assert quantities(tmp_path / 'half')[-1]['loss_adv'] == pytest.approx(rows[-1]['loss_adv'], rel=0.05)

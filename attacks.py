@@ -26,7 +26,7 @@ def random_start(x: Tensor, eps: float, generators: list[torch.Generator]) -> Te
     sample: noise that belongs to the sample is the same in 1 process, in W processes and in any batch size.
     """
     if len(generators) != len(x):
-        raise ValueError(f'random_start: {len(generators)} generators, but {len(x)} images; each needs one')
+        raise ValueError(f'random_start: {len(generators)} generators for {len(x)} images; needs one each')
     noise = torch.stack([torch.rand(x.shape[1:], generator=g) for g in generators]).to(x.device)
     return (x + (2 * noise - 1) * eps).clamp(0, 1)
 

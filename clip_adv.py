@@ -319,7 +319,6 @@ def main(cfg: Config, given: set[str]) -> None:
     state, cfg = data.open_run(cfg, given)
     check_config(cfg, world)
     first_step = state['step'] if state else 0
-    data.all_agree(first_step, cfg, world)
 
     # --------------------------------------------------------------------------------- data, model, optimizer
     pairs = data.load_pairs(cfg.data, 'train', cfg.holdout)
@@ -485,11 +484,13 @@ def typed(kind, given: dict, where: str):
     allow, is an error, since it would not be obeyed.   where: what it is a part of, for the error"""
     if not isinstance(given, dict):
         data.fail(f'{where} is {given!r}; expected an object')
-    hints = typing.get_type_hints(kind)
+    hints, given = typing.get_type_hints(kind), dict(given)
     for key, value in given.items():
         if key not in hints:
             data.fail(f'{where}: unknown key {key}; supported: {", ".join(hints)}')
-        if not suits(value, hints[key]):
+        if dataclasses.is_dataclass(hints[key]):
+            given[key] = typed(hints[key], value, f'{where}.{key}')
+        elif not suits(value, hints[key]):
             name = getattr(hints[key], '__name__', '') if isinstance(hints[key], type) else str(hints[key])
             data.fail(f'{where}.{key} is {value!r}; supported: {name.replace("typing.", "")}')
     return kind(**given)
@@ -516,11 +517,7 @@ def from_open_clip(config: dict, where: str) -> tuple[ClipCfg, Preprocess]:
     """Of open_clip_config.json: {'model_cfg', 'preprocess_cfg'}. What would not be obeyed is an error."""
     if missing := {'model_cfg', 'preprocess_cfg'} - set(config):
         data.fail(f'{where} has no "{min(missing)}"')
-    model_cfg = config['model_cfg']
-    if isinstance(model_cfg, dict):
-        towers = [('vision_cfg', VisionCfg), ('text_cfg', TextCfg)]
-        model_cfg = model_cfg | {n: typed(kind, model_cfg.get(n, {}), f'{where}: {n}') for n, kind in towers}
-    cfg = typed(ClipCfg, model_cfg, f'{where}: model_cfg')
+    cfg = typed(ClipCfg, config['model_cfg'], f'{where}: model_cfg')
     preprocess = typed(Preprocess, config['preprocess_cfg'], f'{where}: preprocess_cfg')
     v, t = cfg.vision_cfg, cfg.text_cfg
     for value, divisor, what in (
@@ -666,8 +663,8 @@ def load_clip(path: str | os.PathLike, size: int | None = None, flag: str = '', 
         cfg, preprocess = from_hf_directory(place)
     with torch.device('meta'):
         model = CLIP(cfg, preprocess)
-    names = data.OPEN_CLIP_FILES if file.is_file() else []
-    weights = data.read_weights(place, [*names, *data.HF_FILES], rename=hf_name_of_today)
+    names = [*(data.OPEN_CLIP_FILES if file.is_file() else []), *data.HF_FILES]
+    weights = data.read_weights(place, names, rename=lambda n: '' if 'position_ids' in n else n)
     if 'logit_scale' in weights and weights['logit_scale'].numel() == 1:
         weights['logit_scale'] = weights['logit_scale'].reshape(())  # some have it as a vector of one
     if not file.is_file():
@@ -871,10 +868,6 @@ def hf_names(name: str) -> list[str]:
         name = name.replace(f'.{ours}.', f'.{theirs}.')
     parts = 'qkv' if 'attn.in_proj_' in name else 'q'
     return [tower + name.replace('attn.in_proj_', f'self_attn.{part}_proj.') for part in parts]
-
-
-def hf_name_of_today(name: str) -> str:
-    return '' if name.endswith('.position_ids') else name  # older versions saved 0, 1, 2, … as well
 
 
 def weights_to_hf(weights: dict[str, Tensor], names_of=hf_names) -> dict[str, Tensor]:

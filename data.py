@@ -438,7 +438,6 @@ class PairDataset(torch.utils.data.Dataset):
         self.pairs, self.tokenizer, self.fit, self.seed = pairs, tokenizer, fit, seed
         # the shapes are few and small: decode and resize them once
         self.cache = [fit(read_image(f)) for f in pairs.files] if pairs.augment == 'shapes' else None
-        self.tokens: dict[str, Tensor] = {}  # captions repeat; a plain dict, since it may have to be pickled
 
     def __getitem__(self, item: tuple[int, int]) -> tuple[Tensor, Tensor]:
         row, number = item
@@ -447,12 +446,7 @@ class PairDataset(torch.utils.data.Dataset):
             image = shift_and_flip(self.cache[row], g)
         else:
             image = self.fit(random_crop(read_image(self.pairs.files[row]), g))
-        caption = self.pairs.captions[row]
-        if caption not in self.tokens:
-            if len(self.tokens) >= 100_000:
-                self.tokens.clear()
-            self.tokens[caption] = self.tokenizer([caption])[0]
-        return image, self.tokens[caption]
+        return image, self.tokenizer([self.pairs.captions[row]])[0]
 
 
 class Order:
@@ -1244,6 +1238,16 @@ def updates_of(out: Path) -> int | None:
 def open_run(cfg, given: set[str]) -> tuple[dict | None, object]:
     """(the state to resume or None, the configuration that holds). An --out that is neither empty nor a run
     to --resume is refused; a run goes on with its own settings. Changes nothing on the disk."""
+    state, cfg = state_and_settings(cfg, given)
+    if dist.is_initialized():  # without a file system that all ranks share, their runs would differ
+        everyone = [None] * dist.get_world_size()
+        dist.all_gather_object(everyone, (state and state['step'], dataclasses.asdict(cfg)))
+        if any(theirs != everyone[0] for theirs in everyone):
+            fail(f'--out {cfg.out}: the ranks found different checkpoints or settings there')
+    return state, cfg
+
+
+def state_and_settings(cfg, given: set[str]) -> tuple[dict | None, object]:
     out, fields = Path(cfg.out), {f.name for f in dataclasses.fields(cfg)}
     restarted = int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)) > 0  # by torchrun: goes on
     if not out.exists() or out.is_dir() and not any(out.iterdir()):
@@ -1279,17 +1283,6 @@ def load_state(out: Path) -> dict | None:
             broken.append(f'cannot read {file} ({type(e).__name__}: {str(e)[:100]!r})')
     if broken:
         fail(f'{"; ".join(broken)}: nothing is left to resume; start again in another --out')
-
-
-def all_agree(step: int, cfg, world: int) -> None:
-    """Every rank read --out for itself: without a file system that all share, their runs would differ."""
-    if world > 1:
-        settings = {n: v for n, v in dataclasses.asdict(cfg).items() if n not in FREE_ON_RESUME}
-        everyone = [None] * world
-        dist.all_gather_object(everyone, (step, settings))
-        if any(theirs != everyone[0] for theirs in everyone):
-            steps = [theirs[0] for theirs in everyone]
-            fail(f'--out {cfg.out}: the ranks found different checkpoints or settings there (steps {steps})')
 
 
 def write_settings(cfg) -> dict:

@@ -26,16 +26,16 @@ import math
 import os
 import re
 import shlex
-import statistics
 import sys
 import tarfile
 import textwrap
 import time
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
+from statistics import stdev
 from types import SimpleNamespace
 from typing import Callable
 
@@ -43,7 +43,8 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
-from PIL import Image, ImageDraw, ImageFont, UnidentifiedImageError
+from huggingface_hub import EvalResult, ModelCard
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from tqdm import tqdm
@@ -60,15 +61,14 @@ ATTACKS = {
     'apgd': 'APGD-CE, 100 iterations, 1 restart',
     'ensemble': 'ensemble: APGD-CE 100 × 5, then targeted APGD-DLR 100 × 9',
 }
+COLUMNS = ('model', 'data', 'split', 'n', 'measure', 'attack', 'eps', 'value', 'stderr')
 
 
 # ===================================================================================== one loop that measures
 def measure(args, task, numbers: list[int], levels: list[float], name: str) -> dict[float, dict[int, tuple]]:
     """The loop of every command → {level: {number: outcome}}, complete on every process.
-
     numbers: of images or questions.  levels: radii in 1/255, 0: the image as it is; or heights of letters.
-    task.load(numbers) opens some of them;  task.judge(loaded, level) → {number: what became of it}.
-    """
+    task.load(numbers) opens some of them;  task.judge(loaded, level) → {number: outcome}."""
     mine = numbers[args.rank :: args.world]  # strided: the processes get about as many hard images each
     found: dict[float, dict] = {level: {} for level in levels}
     quiet, often = args.quiet or args.rank > 0, 0.5 if sys.stderr.isatty() else 60
@@ -123,9 +123,6 @@ class Report:
     plotted: tuple[str, ...] = ()  # the measures that --plot shows
 
 
-COLUMNS = ('model', 'data', 'split', 'n', 'measure', 'attack', 'eps', 'value', 'stderr')
-
-
 def about(args, model: str, eps: float, **more) -> dict:
     """What rows and outcomes of a model at one ε (in 1/255; 0: unperturbed) share.   more: where needed"""
     by, how = args.attack if eps else 'none', vars(args) if eps else {}
@@ -135,16 +132,14 @@ def about(args, model: str, eps: float, **more) -> dict:
 
 def row(common: dict, name: str, values: list | float, n: int = 0) -> dict:
     """A measurement: the mean of a value of each image and its standard error, or a figure of all n images.
-
-    value: a fraction (CIDEr: 0 … 10).  stderr: √(p(1−p)/n) of shares, else of the mean; None of a figure.
-    """
+    value: a fraction (CIDEr: 0 … 10).  stderr: √(p(1−p)/n) of shares, else of the mean; None of a figure."""
     value, error = values, None
     if isinstance(values, list):
         n, value = len(values), mean(values)
         if set(values) <= {0, 1}:
             error = math.sqrt(value * (1 - value) / n)
         elif n > 1:
-            error = statistics.stdev(values) / math.sqrt(n)
+            error = stdev(values) / math.sqrt(n)
     return {**dict.fromkeys(COLUMNS), **common, 'n': n, 'measure': name, 'value': value, 'stderr': error}
 
 
@@ -155,13 +150,11 @@ def mean(values: list[float]) -> float:
 # ======================================================================================== a CLIP under attack
 class Classifier:
     """A CLIP and its embeddings of classes; called with images it gives logits.   [b, 3, h, w] → [b, classes]
-
-    native: images come at their own size and are resized in here, so that the attack acts before the resize.
-    """
+    native: images come at their own size and are resized in here, so that an attack acts before that."""
 
     def __init__(self, path: str, device: torch.device, native: bool = False):
         self.model, self.tokenizer = clip_adv.load_clip(path)
-        self.model.to(device).requires_grad_(False)
+        self.model.to(device).requires_grad_(False)  # so there is a graph only where an attack asks for one
         self.device, self.native, how = device, native, self.model.preprocess
         self.how = (self.model.visual.size, how.interpolation, how.resize_mode)
 
@@ -170,7 +163,6 @@ class Classifier:
         uint8 = data.TF.pil_to_tensor(image) if self.native else data.Fit(*self.how)(image)
         return uint8.to(self.device).float() / 255
 
-    @torch.no_grad()
     def embed_texts(self, texts: list[str]) -> Tensor:
         """→ unit vectors [texts, D]"""
         tokens = (self.tokenizer(part).to(self.device) for part in chunks(texts, 256))
@@ -217,8 +209,7 @@ def attack(args, logits, images: Images, eps: float) -> Tensor:
     found = x.clone()
     for rows in torch.arange(len(x), device=x.device).split(size):
         for restart in range(PGD_RESTARTS):
-            with torch.no_grad():
-                rows = rows[logits(found[rows], rows).argmax(1) == y[rows]]
+            rows = rows[logits(found[rows], rows).argmax(1) == y[rows]]
             if not len(rows):  # what is wrong already stays as it is
                 break
             start = attacks.random_start(x[rows], eps, [noise(restart, i) for i in rows.tolist()])
@@ -234,7 +225,6 @@ def climb(logits, images: Images, rows: Tensor, eps: float, start: Tensor) -> Te
     return found
 
 
-@torch.no_grad()
 def ranks(logits, x: Tensor, y: Tensor, batch_size: int) -> list[int]:
     """How many classes are ahead of the right one, 0: correct. Of equals the first is ahead, as in argmax."""
     found = []
@@ -247,7 +237,7 @@ def ranks(logits, x: Tensor, y: Tensor, batch_size: int) -> list[int]:
 
 # ----------------------------------------------------------------------------------- zero-shot classification
 class ZeroShot:
-    """For `measure`: which class is nearest?   outcome: (the right one, how many are ahead of it)"""
+    """For `measure`: which class is nearest?   outcome: (how many are ahead of the right one, that one)"""
 
     def __init__(self, args, classifier: Classifier, images):
         self.args, self.classifier, self.images = args, classifier, images
@@ -256,8 +246,8 @@ class ZeroShot:
         image, label = self.images.item(number)
         return self.classifier.pixels(image), label
 
-    def logits_of(self, images: Images) -> Callable:
-        return self.classifier
+    def logits(self, images: Images, x: Tensor, rows: Tensor) -> Tensor:
+        return self.classifier(x)
 
     def load(self, numbers: list[int]) -> list[Images]:
         """By their shapes, of which there is one unless --native."""
@@ -271,21 +261,21 @@ class ZeroShot:
     def judge(self, groups: list[Images], eps: float) -> dict[int, tuple]:
         found = {}
         for images in groups:
-            logits = self.logits_of(images)
+            logits = partial(self.logits, images)
             x = attack(self.args, logits, images, eps / 255) if eps else images.x
-            found |= zip(images.numbers, self.outcomes(logits, images, x))
+            ahead = ranks(logits, x, images.y, self.args.batch_size)
+            found |= zip(images.numbers, zip(ahead, self.beside(images, x)))
         return found
 
-    def outcomes(self, logits, images: Images, x: Tensor) -> list[tuple]:
-        return list(zip(images.y.tolist(), ranks(logits, x, images.y, self.args.batch_size)))
+    def beside(self, images: Images, x: Tensor):
+        return images.y.tolist()
 
 
 def zeroshot(args) -> Report:
     """Which of the classes is nearest to the image? Several data sets: each of them, and the average.
 
     DIR: a CLIP each. --data: 'easyvqa'; a folder (metadata.jsonl; or classnames.txt, and SPLIT/*.tar or a
-    folder for each class); or a class of torchvision.datasets.
-    """
+    folder for each class); or a class of torchvision.datasets."""
     rows, outcomes = [], []
     for path in args.dirs:
         classifier, own = Classifier(path, args.device, args.native), []
@@ -295,8 +285,8 @@ def zeroshot(args) -> Report:
             numbers = sample(images.n, name, args, keep=subset(images, path, args))
             task, title = ZeroShot(args, classifier, images), f'{Path(path).name} {Path(name).name}'
             for eps, of in measure(args, task, numbers, [0.0, *args.eps], title).items():
-                common = {**about(args, path, eps, subset=args.subset), 'data': name}
-                labels, ahead = map(list, zip(*(of[i] for i in numbers)))
+                common = about(args, path, eps, subset=args.subset, data=name)
+                ahead, labels = map(list, zip(*(of[i] for i in numbers)))
                 own += zeroshot_rows({**common, 'classes': len(images.classes)}, labels, ahead)
                 stands = ''.join('0' if k else '1' for k in ahead)
                 outcomes.append({**common, 'survives': stands, 'labels': labels, 'classes_ahead': ahead})
@@ -350,9 +340,7 @@ def subset(images: 'ClassSet', path: str, args) -> list[int] | None:
 # -------------------------------------------------------------------------------------------------- retrieval
 class Retrieval(ZeroShot):
     """For `measure`: is one of its captions nearest?   outcome: (how many others are ahead, embedding [D])
-
-    For an attack the last class is "one of its captions", all other texts are before it. (A tie is a miss.)
-    """
+    For an attack the last class is "one of its captions", all other texts come first. (A tie is a miss.)"""
 
     def __init__(self, args, classifier: Classifier, images: tuple, numbers: list[int]):
         captions, self.image = images  # of each image, and number → image
@@ -374,18 +362,14 @@ class Retrieval(ZeroShot):
             mask[i, self.own[number]] = True
         return mask
 
-    def logits_of(self, images: Images) -> Callable:
-        return partial(self.logits, images.numbers)
-
-    def logits(self, numbers: list[int], x: Tensor, rows: Tensor) -> Tensor:
-        right = self.right([numbers[i] for i in rows.tolist()])
+    def logits(self, images: Images, x: Tensor, rows: Tensor) -> Tensor:
+        right = self.right([images.numbers[i] for i in rows.tolist()])
         z = 100 * self.classifier.embed(x) @ self.text.T
         nearest = z.masked_fill(~right, -math.inf).amax(1, keepdim=True)
         return torch.cat([z.masked_fill(right, -math.inf), nearest], 1)
 
-    def outcomes(self, logits, images: Images, x: Tensor) -> list[tuple]:
-        embedded = torch.cat([self.classifier.embed(part) for part in x.split(self.args.batch_size)]).cpu()
-        return list(zip(ranks(logits, x, images.y, self.args.batch_size), embedded))
+    def beside(self, images: Images, x: Tensor):
+        return torch.cat([self.classifier.embed(part) for part in x.split(self.args.batch_size)]).cpu()
 
     def images_ahead(self, numbers: list[int], embedded: Tensor) -> list[int]:
         """Of each text: how many images are ahead of the nearest of its own.   embedded: [images, D]"""
@@ -398,8 +382,7 @@ def retrieval(args) -> Report:
     """recall@k: is one of an image's captions among the k nearest texts, and the other way?
 
     Attacked are the images, against all their captions (image → text); text → image is measured on the same.
-    DIR: a CLIP each. --data: 'easyvqa', a folder with metadata.jsonl or SPLIT/*.tar of images and captions.
-    """
+    DIR: a CLIP each. --data: 'easyvqa', a folder with metadata.jsonl or SPLIT/*.tar of images and texts."""
     rows, outcomes, images = [], [], caption_set(args.data[0], args.split)
     numbers = sample(len(images[0]), args.data[0], args)
     for path in args.dirs:
@@ -411,9 +394,9 @@ def retrieval(args) -> Report:
             for way, ahead in (('image→text', texts_ahead), ('text→image', images_ahead)):
                 rows += [row(common, f'{way} R@{k}', [a < k for a in ahead]) for k in (1, 5, 10)]
             outcomes.append({**common, 'texts_ahead': texts_ahead, 'images_ahead': images_ahead})
-    title = f'retrieval, recall@k in %, {args.data[0]} {args.split}, {len(numbers)} images, '
-    title += f'{len(task.text)} texts; {attack_text(args)}, against image → text'
-    return Report(rows, outcomes, title, ['model', 'eps'], 'measure', ('image→text R@1', 'text→image R@1'))
+    counts = f'{args.data[0]} {args.split}, {len(numbers)} images, {len(task.text)} texts'
+    title, plotted = f'recall@k in %, {counts}; {attack_text(args)}', ('image→text R@1', 'text→image R@1')
+    return Report(rows, outcomes, title, ['model', 'eps'], 'measure', plotted)
 
 
 # ------------------------------------------------------------------------------------------------ typographic
@@ -424,7 +407,6 @@ class Typographic(ZeroShot):
         classes = [two_classes(self.images, i, self.args.seed) for i in numbers]
         return [(i, self.images.item(i)[0], *two) for i, two in zip(numbers, classes)]
 
-    @torch.no_grad()
     def judge(self, loaded: list[tuple], height: float) -> dict[int, tuple]:
         found = {}
         for part in chunks(loaded, self.args.batch_size):
@@ -437,23 +419,21 @@ class Typographic(ZeroShot):
 def typographic(args) -> Report:
     """Does a wrong class name, written on the image, change the class? --grid: large targeted perturbations.
 
-    The name is drawn before the model's resize, at the image's own size. DIR and --data: as for zeroshot.
-    """
+    The name is drawn before the model's resize, at the image's own size. DIR and --data: as for zeroshot."""
     rows, outcomes, images = [], [], load_set(args.data[0], args)
     numbers = sample(images.n, args.data[0], args)
     for path in args.dirs:
         classifier = Classifier(path, args.device).embed_classes(images.classes, images.templates)
         task = Typographic(args, classifier, images)
         for height, found in measure(args, task, numbers, args.font, Path(path).name).items():
-            common = {**about(args, path, 0.0, height=height), 'attack': 'letters' if height else 'none'}
+            common = about(args, path, 0.0, height=height, attack='letters' if height else 'none')
             right, wrong, seen = map(list, zip(*(found[i] for i in numbers)))
             rows.append(row(common, 'accuracy', [s == r for s, r in zip(seen, right)]))
             rows.append(row(common, 'the written class', [s == w for s, w in zip(seen, wrong)]))
             outcomes.append({**common, 'labels': right, 'written': wrong, 'seen': seen})
     if args.grid and args.rank == 0:
         targeted_grid(args, images, numbers[0])
-    title = f'a wrong class name on the image, in %, {args.data[0]} {args.split}, n = {len(numbers)}; '
-    title += "height of the letters in % of the image's (0: nothing written)"
+    title = f'a wrong class name, in %, {args.data[0]} {args.split}, n = {len(numbers)}; by height of letters'
     return Report(rows, outcomes, title, ['model', 'measure'], 'height', ('accuracy', 'the written class'))
 
 
@@ -465,11 +445,8 @@ def two_classes(images: 'ClassSet', number: int, seed: int) -> tuple[int, int]:
 
 
 def written(image, name: str, percent_high: float):
-    """The name across the image, a word a line, black with a white rim; smaller if it would not fit.
-
-    An image smaller than 224 pixels is enlarged first, so that letters can be drawn.
-    """
-    if (side := min(image.size)) < 224:
+    """The name across the image, a word a line, black with a white rim; smaller if it would not fit."""
+    if (side := min(image.size)) < 224:  # enlarged first, so that letters can be drawn
         image = image.resize([round(s * 224 / side) for s in image.size], resample=2)
     if percent_high == 0:
         return image
@@ -498,8 +475,7 @@ def targeted_grid(args, images: 'ClassSet', number: int) -> None:
         x = classifier.pixels(images.item(number)[0])
         for line, eps in zip(lines, args.grid_eps):
             x_adv = towards(classifier, x[None], goal, eps / 255)[0]
-            with torch.no_grad():
-                before, after = (images.classes[int(classifier(z[None]).argmax())] for z in (x, x_adv))
+            before, after = (images.classes[int(classifier(z[None]).argmax())] for z in (x, x_adv))
             line += [(x, f'{Path(path).name}: {before}'), *changed(x, x_adv, eps, after)]
     pictures(Path(args.grid), lines, f'towards “{images.classes[goal]}”')
 
@@ -519,25 +495,22 @@ def show(args) -> Report:
         data.fail(f"--labels {args.labels!r}: at least 2 different texts, separated by commas: 'a cat,a dog'")
     if args.label and args.label not in names:
         data.fail(f'--label {args.label}: not one of --labels {args.labels}')
-    args.data, args.split, eps, rows, lines = [args.image], '', args.eps[0], [], []
+    args.data, args.split, eps, rows, lines, said = [args.image], '', args.eps[0], [], [], ''
     for path in args.dirs:
         classifier = Classifier(path, args.device).embed_classes(names, ['{c}'])
         x = classifier.pixels(data.read_image(Path(args.image)))[None]
-        with torch.no_grad():
-            label = torch.tensor([names.index(args.label)]) if args.label else classifier(x).argmax(1)
+        label = torch.tensor([names.index(args.label)]) if args.label else classifier(x).argmax(1)
         x_adv, seen = attack(args, classifier, Images([0], x, label.to(x.device)), eps / 255), []
         for radius, z in ((0.0, x), (eps, x_adv)):
-            with torch.no_grad():
-                p = classifier(z)[0].softmax(0).tolist()
-            seen.append(names[p.index(max(p))])
-            for name, q in zip(names, p):
-                rows.append(row(about(args, path, radius, label=name), 'probability', q, 1))
+            p = dict(zip(names, classifier(z)[0].softmax(0).tolist()))
+            seen.append(max(p, key=p.get))
+            rows += [row(about(args, path, radius, label=name), 'probability', q, 1) for name, q in p.items()]
         stands = 'stands' if seen[1] == names[int(label)] else 'changes'
-        say(args, f'{path}: attacked away from “{names[int(label)]}”: the prediction {stands}')
+        said += f'; {path}, away from “{names[int(label)]}”: the prediction {stands}'
         lines.append([(x[0], f'{Path(path).name}: {seen[0]}'), *changed(x[0], x_adv[0], eps, seen[1])])
     if args.rank == 0:
         pictures(Path(args.plot), lines, Path(args.image).name)
-    title = f'{args.image}: probability in %, softmax of 100·cos; {attack_text(args)}; picture: {args.plot}'
+    title = f'{args.image}: probability in %, softmax of 100·cos; {attack_text(args)}; see {args.plot}{said}'
     return Report(rows, [], title, ['model', 'label'], 'eps')
 
 
@@ -571,21 +544,16 @@ class Answerer:
 
     def answer(self, x: Tensor, questions: list[str]) -> list[str]:
         """x: [n, 3, S, S], the image of each question"""
-        answers = [''] * len(questions)
-        by_length = sorted(range(len(questions)), key=lambda i: len(questions[i]))
-        for part in chunks(by_length, self.batch_size):
+        answers, numbers = {}, range(len(questions))
+        for part in chunks(sorted(numbers, key=lambda i: len(questions[i])), self.batch_size):
             prompts = [self.ids(questions[i])[0] for i in part]
             said = llava_adv.generate(self.model, x[part], prompts, self.max_new, self.tokenizer.ends)
-            for i, tokens in zip(part, said):
-                answers[i] = self.tokenizer.decode(tokens)
-        return answers
+            answers |= zip(part, map(self.tokenizer.decode, said))
+        return [answers[i] for i in numbers]
 
     def watched(self, question: str, said: str, sample: data.Sample) -> list[int]:
-        """For each supervised token of the sample: what the model would say if it still said `said`; or −1.
-
-        What is predicted behind a text tells what the model says as long as it would have said that text:
-        up to the first difference. Behind it nothing is known.
-        """
+        """For each supervised token of the sample: what the model would say if it still said `said`; or −1:
+        behind the first difference, where it is asked to go on with what it would not have said."""
         own, _ = self.ids(question, said)
         same = [a == b for a, b in zip(own, sample.ids)]
         known = same.index(False) if False in same else len(same) - 1
@@ -598,8 +566,7 @@ class Attacked:
     def __init__(self, question: 'Question', x: Tensor, text: str):
         self.question, self.clean, self.image = question, x, x  # [3, S, S]
         self.text, self.score, self.untouched = text, question.score(text), True
-        away = [goal for goal in question.rounds if goal[0] == 'away']
-        self.driven_from = away[0] if away else None  # where `again` goes on
+        self.driven_from = next((goal for goal in question.rounds if goal[0] == 'away'), None)  # by `again`
 
     def enters(self, number: int, kinds: tuple[str, ...], model: Answerer) -> bool:
         """Whether it has a round of that number, of these kinds, that is not the same as another one."""
@@ -625,9 +592,7 @@ class Attacked:
 @dataclass
 class Answers:
     """For `measure`: answers, clean and after the rounds of an attack.   outcome: (answer, its score)
-
-    The attack is APGD without a random start, its first step ε, as in RobustVLM's ensembles.
-    """
+    The attack is APGD without a random start, its first step ε, as in RobustVLM's ensembles."""
 
     model: Answerer
     questions: list['Question']
@@ -701,9 +666,8 @@ def quiz(args, title: str, questions: list['Question'], groups: dict[str, list[i
         data.fail(f'--data {args.data[0]}, split {args.split}: no question is left')
     numbers, rows, outcomes = sorted(set(sum(groups.values(), []))), [], []
     for q in (questions[i] for i in numbers):
-        away = [('away', answer) for answer, _ in Counter(q.answers).most_common(5)]
-        towards = [('towards', answer) for answer in q.towards]
-        q.rounds = [*away, ('away', None), ('again', ''), *towards]
+        q.rounds = [('away', answer) for answer, _ in Counter(q.answers).most_common(5)]
+        q.rounds += [('away', None), ('again', ''), *(('towards', answer) for answer in q.towards)]
         q.score = partial(score, references=q.answers)
     for path in args.dirs:
         found, _ = ask(args, path, questions, numbers, iterations=args.iterations)
@@ -764,8 +728,7 @@ def caption(args) -> Report:
     shifted = images[1:] + images[:1]  # what can be reached, and what is reached without looking:
     for model, those in (('a reference of the image', images), ('a reference of another image', shifted)):
         rows += caption_rows(about(args, model, 0.0), images, [q.answers[0] for q in those])
-    title = f'captions, CIDEr-D × 100 and facts in %, split {args.split}, n = {len(images)}; '
-    title += f'{attack_text(args)}; a caption is dropped below CIDEr {args.threshold:g}'
+    title = f'CIDEr-D × 100, facts in %, split {args.split}, n = {len(images)}; {attack_text(args)}'
     return Report(rows, outcomes, title, ['model', 'eps'], 'measure')
 
 
@@ -782,8 +745,9 @@ def targeted(args, images: list['Question']) -> Report:
     """Can a sentence of the attacker's choice be forced? Success: the sentence is in the caption."""
     numbers, rows, outcomes, lines = list(range(len(images))), [], [], []
     for path, sentence in itertools.product(args.dirs, args.targeted):
-        for q in images:
-            q.rounds, q.score = [('towards', sentence)], partial(lacks, sentence)
+        for q in images:  # a caption scores 0 once the sentence is in it
+            q.rounds = [('towards', sentence)]
+            q.score = lambda text, forced=sentence: float(forced.lower() not in text.lower())
         found, first = ask(args, path, images, numbers, iterations=args.iterations)
         for eps, of in found.items():
             common = about(args, path, eps, sentence=sentence)
@@ -796,8 +760,9 @@ def targeted(args, images: list['Question']) -> Report:
                 lines[-1] += changed(first[0.0], first[eps], eps, found[eps][0][0]) if args.rank == 0 else []
     if lines and args.rank == 0:
         pictures(Path(args.grid), lines, 'targeted captions')
-    title = f'sentences forced into captions, in %, split {args.split}, n = {len(images)}; '
-    title += f'APGD {args.iterations} towards the sentence, l∞, ε in 1/255'
+    title = (
+        f'forced sentences, in %, split {args.split}, n = {len(images)}; APGD {args.iterations}, ε in 1/255'
+    )
     return Report(rows, outcomes, title, ['model', 'sentence'], 'eps')
 
 
@@ -811,15 +776,13 @@ def audit(args) -> Report:
     for path in args.dirs:
         here = os.path.realpath(path)  # no attack is transferred from a model to itself
         others = [p for p in [*args.dirs, *args.transfer_from] if os.path.realpath(p) != here]
-        model, *source = (Classifier(p, args.device, args.native) for p in [path, *others[:1]])
-        for each in (model, *source):
-            each.embed_classes(images.classes, images.templates)
+        opened = (Classifier(p, args.device, args.native) for p in [path, *others[:1]])
+        model, *source = (each.embed_classes(images.classes, images.templates) for each in opened)
         loaded = ZeroShot(args, model, images).load(numbers[args.rank :: args.world])
         if len(loaded) > 1:
             data.fail('--native: audit needs images of one size')
         checks = Audit(args, model, loaded[0], eps / 255, *source).checks()
-        bar = tqdm(checks, Path(path).name, total=12, disable=args.quiet or args.rank > 0)
-        for name, holds, figure in bar:
+        for name, holds, figure in tqdm(checks, path, total=12, disable=args.quiet or args.rank > 0):
             verdict, value = ('SKIP', None) if holds is None else (('FAIL', 'PASS')[holds], float(holds))
             common = about(args, path, eps, check=name, verdict=verdict, figure=figure)
             rows.append(row(common, 'audit', value, len(numbers)))
@@ -850,8 +813,7 @@ class Audit:
         x, y, eps, slack, p = self.x, self.y, self.eps, max(0.01, 1 / self.total) + 1e-9, percent
         correct, clean = self.correct(x, y), self.share(self.correct(x, y))
 
-        with torch.no_grad():
-            difference = max(gather(float((self.logits(x) - self.logits(x)).abs().max())))
+        difference = max(gather(float((self.logits(x) - self.logits(x)).abs().max())))
         yield 'deterministic', difference == 0, f'the same images twice: logits differ by {difference:.2g}'
 
         flat = self.gradient(partial(F.cross_entropy, reduction='none'), x).flatten(1).abs().amax(1) == 0
@@ -878,15 +840,21 @@ class Audit:
         fgsm = self.share(correct & self.correct(single, y))
         yield 'many steps not weaker than one', many <= fgsm + slack, f'APGD {p(many)}, FGSM {p(fgsm)} %'
 
-        white = self.under_ensemble()
+        how = {'noise': lambda restart, row: self.noise(f'ensemble {restart}', row), **self.how}
+        found = attacks.ensemble(self.classifier, x, y, eps, iterations=self.iterations, **how)
+        white = self.share(~found.done)
         noisy = self.share(correct & self.correct(self.starts(eps, 'noise'), y))
         yield 'random noise hurts less', white <= noisy + slack, f'ensemble {p(white)}, noise {p(noisy)} %'
-        square = self.under_square(correct.nonzero()[:, 0])
+        rows, how = correct.nonzero()[:, 0], {'queries': self.args.queries, **self.how}
+        noise, loss = [self.noise('square', row) for row in rows.tolist()], partial(self.margin_of, rows)
+        square = self.share(~attacks.square(loss, x[rows], eps, noise, **how).done if noise else rows)
         figure = f'ensemble {p(white)}, Square {p(square)} %'
         yield 'Square not stronger than white box', white <= square + slack, figure
         holds, figure = None, 'no other run was given; name a second DIR, or --transfer_from DIR'
         if self.source:
-            transfer = self.share(correct & self.correct(self.transferred(), y))
+            loss, start = partial(self.never_done, self.source, attacks.margin), self.starts(eps, 'transfer')
+            found = attacks.apgd(loss, x, eps, start, self.iterations, **self.how)
+            transfer = self.share(correct & self.correct(found.images, y))
             holds, figure = white <= transfer + slack, f'ensemble {p(white)}, transfer {p(transfer)} %'
         yield 'transfer not stronger than white box', holds, figure
 
@@ -903,11 +871,9 @@ class Audit:
     def logits(self, x: Tensor) -> Tensor:
         return torch.cat([self.classifier(part) for part in x.split(self.args.batch_size)])
 
-    @torch.no_grad()
     def correct(self, x: Tensor, y: Tensor) -> Tensor:
         return self.logits(x).argmax(1) == y
 
-    @torch.no_grad()
     def margins(self, x: Tensor) -> Tensor:
         return attacks.margin(self.logits(x), self.y)
 
@@ -952,22 +918,6 @@ class Audit:
                 standing[rows] = self.correct(found, self.y[rows])
         return self.share(standing)
 
-    def under_ensemble(self) -> float:
-        def noise(restart: int, row: int) -> torch.Generator:
-            return self.noise(f'ensemble {restart}', row)
-
-        how = {'iterations': self.iterations, **self.how}
-        return self.share(~attacks.ensemble(self.classifier, self.x, self.y, self.eps, noise, **how).done)
-
-    def under_square(self, rows: Tensor) -> float:
-        noise, loss = [self.noise('square', row) for row in rows.tolist()], partial(self.margin_of, rows)
-        how = {'queries': self.args.queries, **self.how}
-        return self.share(~attacks.square(loss, self.x[rows], self.eps, noise, **how).done if noise else rows)
-
-    def transferred(self) -> Tensor:
-        loss, start = partial(self.never_done, self.source, attacks.margin), self.starts(self.eps, 'transfer')
-        return attacks.apgd(loss, self.x, self.eps, start, self.iterations, **self.how).images
-
 
 # ============================================================================ metrics of answers and captions
 WORDS = 'none zero one two three four five six seven eight nine ten'
@@ -976,14 +926,14 @@ NUMBERS = dict(zip(WORDS.split(), '0 0 1 2 3 4 5 6 7 8 9 10'.split()))
 CONTRACTIONS = {
     variant: word
     for word in """
-        ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't
-        haven't he'd he'd've he's how'd how'll how's isn't it'd it'd've it'll ma'am mightn't mightn't've
-        might've mustn't must've needn't not've o'clock oughtn't shan't she'd've she's should've shouldn't
-        shouldn't've somebody'd've somebody'll somebody's someone'd someone'd've someone'll someone's
-        something'd something'd've something'll that's there'd there'd've there're there's they'd they'd've
-        they'll they're they've 'twas wasn't we'd've we've weren't what'll what're what's what've when's
-        where'd where's where've who'd who'd've who'll who's who've why'll why're why's won't would've
-        wouldn't wouldn't've y'all y'all'll y'all'd've you'd you'd've you'll you're you've""".split()
+        ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't
+        he'd he'd've he's how'd how'll how's isn't it'd it'd've it'll ma'am mightn't mightn't've might've
+        mustn't must've needn't not've o'clock oughtn't shan't she'd've she's should've shouldn't shouldn't've
+        somebody'd've somebody'll somebody's someone'd someone'd've someone'll someone's something'd
+        something'd've something'll that's there'd there'd've there're there's they'd they'd've they'll
+        they're they've 'twas wasn't we'd've we've weren't what'll what're what's what've when's where'd
+        where's where've who'd who'd've who'll who's who've why'll why're why's won't would've wouldn't
+        wouldn't've y'all y'all'll y'all'd've you'd you'd've you'll you're you've""".split()
     for variant in {word.replace("'", ''), word.replace("'", '', 1), ''.join(word.rsplit("'", 1))} - {word}
 }
 
@@ -1002,11 +952,9 @@ def normalise_answer(text: str) -> str:
 
 
 def vqa_accuracy(answer: str, references: list[str]) -> float:
-    """min(1, how many of the other annotators said so / 3), averaged over who is left out.
-
-    Of fewer than four references all others have to; of one: whether it is equal. Both sides are normalised
-    alike; the official code does less to references (the published ones are clean already).
-    """
+    """min(1, how many of the other annotators said so / 3), averaged over who is left out. Of fewer than four
+    references all others have to; of one: whether it is equal. Both sides are normalised alike; the official
+    code does less to references (the published ones are clean already)."""
     said, of = normalise_answer(answer), [normalise_answer(r) for r in references]
     if len(of) == 1:
         return float(said == of[0])
@@ -1015,10 +963,7 @@ def vqa_accuracy(answer: str, references: list[str]) -> float:
 
 
 def letter_accuracy(answer: str, references: list[str]) -> float:
-    """Of the option that an answer names: "B", "(B)", "B.", "B. mammal", "The answer is B.".
-
-    official: LLaVA eval_science_qa.py
-    """
+    """Of "B", "(B)", "B.", "B. mammal", "The answer is B.".   official: LLaVA eval_science_qa.py"""
     answer = answer.strip()
     found = re.match(r'\(?([A-Z])\)?\.?$', answer) or re.match(r'([A-Z])\. ', answer)
     named = [found[1]] if found else re.findall(r'The answer is ([A-Z])\b', answer)
@@ -1040,11 +985,6 @@ def pope_scores(answers: list[str], labels: list[str]) -> dict[str, float]:
     return found | {'precision': precision, 'recall': recall, 'yes_rate': (tp + fp) / len(labels)}
 
 
-def lacks(sentence: str, caption: str) -> float:
-    """The score of a caption that is to be forced: 0 once the sentence is in it."""
-    return float(sentence.lower() not in caption.lower())
-
-
 def names_facts(caption: str, colour: str, shape: str) -> tuple[bool, bool]:
     """Whether the colour is named and no other one is, and the same of the shape."""
     words = set(tokenise_caption(caption))
@@ -1058,9 +998,7 @@ def tokenise_caption(text: str) -> list[str]:
 
 class Cider:
     """CIDEr-D: how alike a caption's n-grams and its references' are, weighted by rarity.   arXiv 1411.5726
-
-    references: of each image; they also say how rare an n-gram is. Equal to pycocoevalcap's on equal tokens.
-    """
+    references: of each image; they also say how rare an n-gram is. As pycocoevalcap's on equal tokens."""
 
     def __init__(self, references: list[list[str]], tokenise=tokenise_caption):
         self.tokenise = tokenise
@@ -1127,10 +1065,10 @@ TEMPLATES = {
     'imagenet': [
         *both(
             'a bad photo of, a sculpture of, a low resolution photo of, a rendering of, graffiti of, '
-            'a cropped photo of, a tattoo of, a bright photo of, a dark photo of, a drawing of, a close-up '
-            'photo of, a black and white photo of, a painting of, a pixelated photo of, a jpeg corrupted '
-            'photo of, a blurry photo of, a photo of, '
-            'a good photo of, a doodle of, a sketch of, a rendition of, art of, itap of'
+            'a cropped photo of, a tattoo of, a bright photo of, a dark photo of, a drawing of, '
+            'a close-up photo of, a black and white photo of, a painting of, a pixelated photo of, '
+            'a jpeg corrupted photo of, a blurry photo of, a photo of, a good photo of, a doodle of, '
+            'a sketch of, a rendition of, art of, itap of'
         ),
         *both('', 'embroidered, plastic, origami, toy, cartoon, plushie'),
         *both('a photo of', 'hard to see, clean, dirty, cool, large, nice, weird, small'),
@@ -1150,26 +1088,25 @@ TEMPLATES = {
     'EuroSAT': [f'a centered satellite photo of {article}{{c}}.' for article in ('', 'a ', 'the ')],
 }
 TEMPLATES |= {'CIFAR10': TEMPLATES['cifar'], 'CIFAR100': TEMPLATES['cifar']}
+NAMES = 'give --classnames FILE, a name a line, line 1 for label 0'
 
 
 def class_set(name, split='test', root='data', download=False, classnames='', templates='') -> ClassSet:
     """name: 'easyvqa'; a folder (metadata.jsonl, whose captions are the classes; CLIP_benchmark's layout:
     classnames.txt, SPLIT/*.tar; or a folder for each class); or a class of torchvision.datasets.
-
-    classnames, templates: files, a line each, in place of the data's own; or templates: a key of TEMPLATES.
-    """
-    path, named = Path(name), bool(classnames)
+    classnames, templates: files, a line each, instead of the data's own; templates: or a key of TEMPLATES."""
+    path, own = Path(name), read_lines(Path(classnames), '--classnames') if classnames else []
     if name == 'easyvqa' or any((p / 'metadata.jsonl').is_file() for p in (path, path / split)):
         found = captions_as_classes(name, split)
     elif path.is_dir():
-        found = (shards if any((path / split).glob('*.tar')) else image_folder)(path, split, named)
+        names = own or read_lines(path / 'classnames.txt', f'--data {name}: no class names ({NAMES})')
+        found = (shards if any((path / split).glob('*.tar')) else image_folder)(path, split, names)
     elif inspect.isclass(getattr(torchvision.datasets, name, None)):
-        found = from_torchvision(name, split, root, download, named)
+        found = from_torchvision(name, split, root, download)
     else:
         known = "'easyvqa', or a class of torchvision.datasets such as CIFAR10 (upper and lower case matter)"
         data.fail(f'--data {name}: no such folder, and no name that is known: {known}')
-    if named:
-        found.classes = read_lines(Path(classnames), '--classnames')
+    found.classes = own or found.classes
     if templates:
         flag = f'--templates (also: {", ".join(TEMPLATES)})'
         found.templates = TEMPLATES.get(templates) or read_lines(Path(templates), flag)
@@ -1177,7 +1114,7 @@ def class_set(name, split='test', root='data', download=False, classnames='', te
         if '{c}' not in template:
             data.fail(f'{found.note}: the template {template!r} has no {{c}}, where the class name goes')
     if len(found.classes) < 2:
-        data.fail(f'--data {name}: {len(found.classes)} class; zero-shot classification needs at least 2')
+        data.fail(f'--data {name}: {len(found.classes) or "no"} class names for it; 2 at least: {NAMES}')
     (common, n), *_ = Counter(found.classes).most_common(1)
     if n > 1:
         data.fail(f'{found.note}: the class name {common!r} is there twice; they must differ')
@@ -1192,12 +1129,6 @@ def read_lines(file: Path, what: str) -> list[str]:
     if '' in lines:
         data.fail(f'{what}: {file} is empty, or has an empty line, {lines.index("") + 1}')
     return lines
-
-
-def names_beside(path: Path, named: bool) -> list[str]:
-    """The class names that lie with a data set; with --classnames they are not asked for."""
-    what = f'--data {path}: no class names (a name a line, line 1 for label 0; or give --classnames FILE)'
-    return [] if named else read_lines(path / 'classnames.txt', what)
 
 
 def of_files(files: list[Path], labels: list[int], *others) -> ClassSet:
@@ -1215,35 +1146,30 @@ def captions_as_classes(name: str, split: str) -> ClassSet:
 
 class Shards:
     """Samples in tar files, the webdataset convention: files of one name and several endings are one sample.
-
-    Only the headers are read at first, the contents when they are asked for, in any order.
-    """
+    Only the headers are read at first, the contents when they are asked for, in any order."""
 
     def __init__(self, folder: Path):
-        self.samples: list[tuple[Path, str, dict]] = []  # (tar, key, {ending: (offset, size)})
+        found: dict[tuple[Path, str], dict] = {}  # {(tar, key): {ending: (offset, size)}}
         # 10.tar comes after 9.tar
         tars = sorted(folder.glob('*.tar'), key=lambda p: re.sub(r'\d+', lambda n: n[0].zfill(9), p.name))
         said = folder / 'nshards.txt'
         if said.is_file() and (text := said.read_text().strip()) != str(len(tars)):
             data.fail(f'{said} says {text} shards; there are {len(tars)} *.tar')
         for tar in tars:
-            found: dict[str, dict] = {}
             try:
                 with tarfile.open(tar, 'r:') as archive:
                     for member in filter(tarfile.TarInfo.isfile, archive):
                         where, slash, file = member.name.rpartition('/')
                         key, _, ending = file.partition('.')
-                        part = member.offset_data, member.size
-                        found.setdefault(where + slash + key, {})[ending] = part
+                        files = found.setdefault((tar, where + slash + key), {})
+                        files[ending] = member.offset_data, member.size
             except (tarfile.TarError, OSError) as e:
                 data.fail(f'cannot read the shard {tar}: {e}; fetch it again')
-            self.samples += [(tar, key, files) for key, files in found.items()]
-        if not self.samples:
-            data.fail(f'{folder}: the shards have no samples')
+        self.samples = list(found.items())
 
     def read(self, number: int, endings: tuple[str, ...]) -> tuple[bytes, str]:
         """(content, name) of the file of that sample which has one of the endings"""
-        tar, key, files = self.samples[number]
+        (tar, key), files = self.samples[number]
         ending = next((e for e in endings if e in files), None)
         if ending is None:
             data.fail(f'{tar}: the sample {key} has {", ".join(files)}, but no {" or ".join(endings)}')
@@ -1263,29 +1189,27 @@ class Shards:
         return self.image(number), int(content)
 
 
-def shards(path: Path, split: str, named: bool) -> ClassSet:
+def shards(path: Path, split: str, classes: list[str]) -> ClassSet:
     """CLIP_benchmark's layout: classnames.txt, templates, SPLIT/*.tar with images and .cls"""
-    classes, tars = names_beside(path, named), Shards(path / split)
-    shipped = path / 'zeroshot_classification_templates.txt'
+    tars, shipped = Shards(path / split), path / 'zeroshot_classification_templates.txt'
     templates = read_lines(shipped, 'templates') if shipped.is_file() else TEMPLATES['imagenet']
     return ClassSet(len(tars.samples), tars.item, classes, templates, f'{path}, split {split}')
 
 
-def image_folder(path: Path, split: str, named: bool) -> ClassSet:
+def image_folder(path: Path, split: str, classes: list[str]) -> ClassSet:
     """A folder for each class, in SPLIT/ where there is one; line i of classnames.txt names the i-th"""
-    root, classes = path / split if (path / split).is_dir() else path, names_beside(path, named)
+    root = path / split if (path / split).is_dir() else path
     folders = sorted(p for p in root.iterdir() if p.is_dir())
     found = [[f for f in sorted(p.rglob('*')) if f.suffix.lower() in IMG_EXTENSIONS] for p in folders]
     if not any(found):
         data.fail(f'--data {path}, split {split}: neither *.tar nor images in subfolders of {root}')
-    if classes and len(classes) != len(folders):
-        there = f'{root} has {len(folders)} folders, one for each class'
-        data.fail(f'{path / "classnames.txt"} has {len(classes)} lines; {there}')
+    if len(classes) != len(folders):
+        data.fail(f'the class names have {len(classes)} lines; {root} has {len(folders)} folders of images')
     labels = [i for i, files in enumerate(found) for _ in files]
     return of_files(sum(found, []), labels, classes, TEMPLATES['imagenet'], f'{root}')
 
 
-def from_torchvision(name: str, split: str, root: str, download: bool, named: bool) -> ClassSet:
+def from_torchvision(name: str, split: str, root: str, download: bool) -> ClassSet:
     """Any data set of torchvision whose items are (image, label)."""
     kind = getattr(torchvision.datasets, name)
     takes = inspect.signature(kind).parameters
@@ -1299,9 +1223,6 @@ def from_torchvision(name: str, split: str, root: str, download: bool, named: bo
         data.fail(f'--data {name}, --split {split}, --root {root}: {e}{how}')
     classes = [c if isinstance(c, str) else c[0] for c in getattr(images, 'classes', None) or []]
     classes = [c.replace('_', ' ') for c in classes]
-    if not classes and not named:
-        how = 'give --classnames FILE, a name a line, line 1 for label 0'
-        data.fail(f'--data {name}: torchvision has no class names for it; {how}')
     if name == 'EuroSAT':  # AnnualCrop
         classes = [re.sub('(?<=[a-z])(?=[A-Z])', ' ', c).lower() for c in classes]
 
@@ -1309,14 +1230,13 @@ def from_torchvision(name: str, split: str, root: str, download: bool, named: bo
         try:
             image, label = images[number]
             return data.to_rgb(image), int(label)
-        except (UnidentifiedImageError, OSError, SyntaxError) as e:
-            raise data.BadImage(f"cannot decode image {number} of torchvision's {name}: {e}") from None
-        except (TypeError, ValueError, AttributeError) as e:
-            data.fail(f'--data {name}: its items are not an image and a class number ({e})')
+        except (OSError, SyntaxError, TypeError, ValueError, AttributeError) as e:
+            expected = 'must decode to an image and a class number'
+            raise data.BadImage(f"image {number} of torchvision's {name}: {e}; {expected}") from None
 
-    where = f', split {split}' if {'train', 'split'} & set(takes) else ', all of it'
-    note = f'torchvision.datasets.{name}{where}'
-    return ClassSet(len(images), item, classes, TEMPLATES.get(name, TEMPLATES['imagenet']), note)
+    part = f'split {split}' if {'train', 'split'} & set(takes) else 'all of it'
+    note, templates = f'torchvision.datasets.{name}, {part}', TEMPLATES.get(name, TEMPLATES['imagenet'])
+    return ClassSet(len(images), item, classes, templates, note)
 
 
 def caption_set(name: str, split: str = 'test') -> tuple[list[list[str]], Callable[[int], Image.Image]]:
@@ -1376,10 +1296,9 @@ def vqa_set(name: str, split: str = 'test', annotations: str = '', image_root: s
         return [Question(*each, f'{n}', ('maybe', 'Word')) for n, each in enumerate(rows)]
     content, found = data.read_json(Path(name), '--data'), []
     with reading(name, 'the published file'):
-        if 'questions' in content and not annotations:
-            data.fail(f"--data {name}: VQAv2's questions; name the file of their answers: --annotations FILE")
         if 'questions' in content:
-            answers = data.read_json(Path(annotations), '--annotations')['annotations']
+            what = f"--data {name}: VQAv2's questions, of which the answers are in --annotations FILE"
+            answers = data.read_json(Path(annotations), what)['annotations']
             answers = {a['question_id']: [each['answer'] for each in a['answers']] for a in answers}
             asked = [{**q, 'answers': answers.get(q['question_id'])} for q in content['questions']]
             file = f'COCO_{content["data_subtype"]}_{{:012d}}.jpg'  # 'val2014', say
@@ -1388,30 +1307,26 @@ def vqa_set(name: str, split: str = 'test', annotations: str = '', image_root: s
         else:
             data.fail(f'--data {name}: neither VQAv2 (it has a key "questions") nor TextVQA (a key "data")')
         for q in asked:
-            text, image = q['question'], Path(image_root) / file.format(q['image_id'])
-            number = f'{q["question_id"]}'
+            number, image = f'{q["question_id"]}', Path(image_root) / file.format(q['image_id'])
             if not q.get('answers'):
                 data.fail(f'--data {name}: question {number} has no answers in {annotations or name}')
-            text += '\nAnswer the question using a single word or phrase.'
+            text = f'{q["question"]}\nAnswer the question using a single word or phrase.'
             found.append(Question(image, text, q['answers'], number, ('maybe', 'Word')))
     return found
 
 
 def pope_set(name: str, split: str = 'test', image_root: str = '') -> list[Question]:
     """easyvqa's balanced yes/no questions, or a file of POPE"""
-    found, other = [], {'yes': 'no', 'no': 'yes'}
+    found, other = [], {'yes': ('no',), 'no': ('yes',)}
     if name == 'easyvqa':
         questions = vqa_set(name, split)
-        found = [questions[i] for i in balanced(questions)]
+        return [replace(q, towards=other[q.answers[0]]) for q in (questions[i] for i in balanced(questions))]
     with reading(name, '{"question_id", "image", "text", "label": "yes" | "no"} a line'):
-        for line in [] if found else filter(str.strip, Path(name).read_text(encoding='utf-8').split('\n')):
-            q = json.loads(line)
-            image = Path(image_root) / q['image']
-            found.append(Question(image, q['text'], [q['label'].lower()], f'{q["question_id"]}'))
-    for q in found:
-        if q.answers[0] not in other:
-            data.fail(f'--data {name}: question {q.name} has the label {q.answers[0]!r}; must be yes or no')
-        q.towards = (other[q.answers[0]],)
+        for q in map(json.loads, filter(str.strip, Path(name).read_text(encoding='utf-8').split('\n'))):
+            label, number, image = q['label'].lower(), f'{q["question_id"]}', Path(image_root) / q['image']
+            if label not in other:
+                data.fail(f'--data {name}: question {number} has the label {label!r}; must be yes or no')
+            found.append(Question(image, q['text'], [label], number, other[label]))
     return found
 
 
@@ -1422,9 +1337,7 @@ def balanced(questions: list[Question]) -> list[int]:
 
 def sqa_set(name: str, split: str = 'test', image_root: str = '') -> list[Question]:
     """ScienceQA's folder: the questions with an image, asked as LLaVA 1.5 is asked; the answer is a letter.
-
-    official: LLaVA convert_sqa_to_llava_base_prompt.py (CQM), model_vqa_science.py (--single-pred-prompt)
-    """
+    official: LLaVA convert_sqa_to_llava_base_prompt.py (CQM), model_vqa_science.py (--single-pred-prompt)"""
     folder, root, found = Path(name), Path(image_root or name), []
     problems = data.read_json(folder / 'problems.json', '--data')
     splits = data.read_json(folder / 'pid_splits.json', '--data')
@@ -1459,9 +1372,9 @@ def reference_set(name: str, split: str = 'test', image_root: str = '') -> list[
         else:
             splits = (split, 'restval') if split == 'train' else (split,)  # as most papers count it
             images = [i for i in content['images'] if i['split'] in splits]
-            files = [(root / i.get('filepath', '') / i['filename'], i['filename']) for i in images]
+            files = [root / i.get('filepath', '') / i['filename'] for i in images]
             texts = [[sentence['raw'] for sentence in i['sentences']] for i in images]
-            rows = [(file, of, name_of) for (file, name_of), of in zip(files, texts)]
+            rows = zip(files, texts, [i['filename'] for i in images])
         found = [Question(file, data.CAPTION_QUESTION, texts, name_of) for file, texts, name_of in rows]
     if not found:
         data.fail(f'--data {name}: no image of --split {split}')
@@ -1481,32 +1394,24 @@ def attack_text(args) -> str:
     return name if args.attack == 'none' else f'{name}; l∞, ε in 1/255, {where}'
 
 
-def say(args, text: str) -> None:
-    if args.rank == 0:
-        print(textwrap.fill(text, 120, break_on_hyphens=False), flush=True)
-
-
 def table(rows: list[dict], down: list[str], across: str) -> None:
-    """Values in %: a line for all rows that agree in the keys `down`, a column for each that `across` has.
-
-    It reads well on a terminal and is Markdown, too. Columns of numbers are set to the right.
-    """
+    """Markdown, values in %: a line for the rows that agree in the keys `down`, a column for each value of
+    the key `across`. Columns of numbers are set to the right."""
     lines: dict[tuple, dict] = {}
     for r in rows:
         lines.setdefault(tuple(r[key] for key in down), {})[r.get(across)] = percent(r['value'])
     columns = list(dict.fromkeys(r[across] for r in rows)) if across else []
     head = {'eps': 'ε = {:g}', 'height': '{:g} %'}.get(across, '{}')
-    cells, rule = [[*down, *(head.format(c) for c in columns)]], []
+    cells, printed = [[*down, *(head.format(c) for c in columns)]], []
     for key, of in lines.items():
         names = [f'{v:g}' if isinstance(v, float) else f'{v}' for v in key]
         cells.append(names + [of.get(c, '–') for c in columns])
-    for i, column in enumerate(zip(*cells)):
-        width, numbers = max(map(len, column)), all(c.replace('.', '').isdigit() for c in column[1:])
-        for line in cells:
-            line[i] = line[i].rjust(width) if numbers else line[i].ljust(width)
-        rule.append('-' * (width + 1) + (':' if numbers else '-'))
-    first, *others = ('| ' + ' | '.join(line) + ' |' for line in cells)
-    print('\n'.join([first, '|' + '|'.join(rule) + '|', *others]), flush=True)
+    for name, *column in zip(*cells):
+        width, numbers = max(map(len, [name, *column])), all(c.replace('.', '').isdigit() for c in column)
+        side, rule = '>' if numbers else '<', '-' * (width + 1) + (':' if numbers else '-')
+        first, *others = (f' {cell:{side}{width}} ' for cell in [name, *column])
+        printed.append([first, rule, *others])
+    print('\n'.join('|' + '|'.join(line) + '|' for line in zip(*printed)), flush=True)
 
 
 def curves(file: Path, report: Report) -> None:
@@ -1557,32 +1462,25 @@ def save(figure, file: Path) -> None:
 
 def as_json(report: dict) -> str:
     """A row or an outcome is a line, so that files can be read and compared."""
-    lines = []
-    for key, value in report.items():
-        listed = isinstance(value, list) and value
-        text = [json.dumps(each, ensure_ascii=False) for each in (value if listed else [value])]
-        lines.append(f'{json.dumps(key)}: ' + ('[\n  ' + ',\n  '.join(text) + '\n]' if listed else text[0]))
+    one = partial(json.dumps, ensure_ascii=False)
+    lists = {key: ',\n  '.join(map(one, value)) for key, value in report.items() if isinstance(value, list)}
+    lines = [f'"{key}": ' + (f'[\n  {lists[key]}\n]' if key in lists else one(report[key])) for key in report]
     return '{\n' + ',\n'.join(lines) + '\n}\n'
 
 
 # -------------------------------------------------------------------------------------- RUN/eval and the card
 def keep(report: dict, run: Path, args) -> None:
     """Writes the run's part of the report into RUN/eval/, and all results there into its card's header.
-
-    The same measurement again replaces its file, another one adds one.
-    """
+    The same measurement again replaces its file, another one adds one."""
     own = {key: [r for r in report[key] if Path(r['model']) == run] for key in ('rows', 'outcomes')}
     no_settings = 'run dirs data transfer_from json plot grid quiet batch_size device rank world'.split()
     settings = {key: value for key, value in vars(args).items() if key not in no_settings}
     used = [*args.data, *(args.dirs + args.transfer_from if args.command == 'audit' else [])]
     places = sorted({os.path.realpath(p) if os.path.exists(p) else p for p in used})
     number = hashlib.blake2b(json.dumps([settings, places]).encode(), digest_size=3).hexdigest()
-    parts = [args.command, *(Path(name).stem for name in args.data), args.split, getattr(args, 'attack', '')]
-    name = re.sub(r'[^\w.-]+', '-', '_'.join(filter(None, parts)))
-    name = name.encode()[:100].decode(errors='ignore')  # systems limit names, in bytes
     try:
         (run / 'eval').mkdir(exist_ok=True)
-        data.write(run / 'eval' / f'{name}_{number}.json', as_json({**report, **own}))
+        data.write(run / 'eval' / f'{args.command}_{number}.json', as_json({**report, **own}))
         write_card(run)
     except (Exception, SystemExit) as e:  # the measurement goes on to --json, and the table is printed
         print(f'warning: not kept in {run}: {str(e).removeprefix("error: ")}', file=sys.stderr, flush=True)
@@ -1590,8 +1488,6 @@ def keep(report: dict, run: Path, args) -> None:
 
 def write_card(run: Path) -> None:
     """`model-index` in the header of RUN/README.md, for the hub: all about the weights that are there"""
-    from huggingface_hub import ModelCard
-
     file, results = run / 'README.md', []
     if not file.exists():
         return
@@ -1610,23 +1506,20 @@ def write_card(run: Path) -> None:
 
 def result(r: dict, command: str):
     """A row as the hub has it."""
-    from huggingface_hub import EvalResult
-
-    tasks = dict.fromkeys(('vqa', 'pope', 'sqa'), 'visual-question-answering')
-    task = {**tasks, 'caption': 'image-to-text'}.get(command, 'zero-shot-image-classification')
+    tasks = {'caption': 'image-to-text', **dict.fromkeys(('vqa', 'pope', 'sqa'), 'visual-question-answering')}
     more = {key: value for key, value in r.items() if key not in COLUMNS and value is not None}
     under = [f'{r["attack"]} ε = {r["eps"]:g}/255'] if r['eps'] else []
     words = [r['measure'], *under, *(f'{key} {value}' for key, value in more.items() if key != 'figure')]
     name, measure = Path(r['data']).name, re.sub(r'\W+', '_', r['measure'].lower())
     how = {'metric_args': {key: r[key] for key in ('n', 'attack', 'eps', 'stderr')} | more}
     how |= {'dataset_split': r['split'], 'metric_name': ', '.join(words)}
+    task = tasks.get(command, 'zero-shot-image-classification')
     return EvalResult(task, re.sub(r'\W+', '-', name.lower()), name, measure, r['value'], **how)
 
 
 # =============================================================================================== command line
 CLIP_DIRS = "a CLIP each: a run, a directory of open_clip or of Hugging Face's CLIPModel, or a repository id"
-LLAVA_DIRS = 'a LLaVA each: a run, a directory of Hugging Face, adapters as the authors publish them, or a '
-LLAVA_DIRS += 'repository id; of a language model alone: what it answers without the image'
+LLAVA_DIRS = 'a LLaVA each: a run, a directory of Hugging Face, adapters, a repository id; or an LLM alone'
 HELP = {
     'seed': 'what samples and random starts are drawn from',
     'batch_size': 'images at a time, on each process; changes no result',
@@ -1693,9 +1586,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         c.add_argument('dirs', nargs='+', metavar='DIR', help=LLAVA_DIRS if llava else CLIP_DIRS)
         c.set_defaults(run=run, native=False, attack='', eps=[], data=[])
         few = ['ensemble', 'none'] if llava else ['ensemble'] if run is audit else list(ATTACKS)
-        for flag, default in {**EVERY, **defaults}.items():
-            if flag == 'batch_size' and torch.cuda.is_available() and not llava:
-                default = 128
+        more = {'batch_size': 128} if torch.cuda.is_available() and not llava else {}
+        for flag, default in {**EVERY, **more, **defaults}.items():
             how = {'default': default, 'help': HELP[flag], 'required': default is None}
             first = default[0] if isinstance(default, list) and default else default
             if isinstance(default, bool):
@@ -1742,11 +1634,10 @@ def wrong_flags(args):
 
 def main(args: argparse.Namespace) -> int:
     """Runs the command; returns the exit code."""
-    started = time.time()
-    patience = timedelta(days=7)  # one process may have the harder images
+    started, patience = time.time(), timedelta(days=7)  # one process may have the harder images
     args.rank, args.world, args.device = data.start_processes(patience)
     try:
-        runs = [Path(p) for p in args.dirs if data.is_run(Path(p))]
+        runs = [p for p in map(Path, args.dirs) if data.is_run(p) and args.command != 'show']
         updates = {run: data.updates_of(run) for run in runs}  # now: a training may save others meanwhile
         found = args.run(args)
         report = {'command': shlex.join(['python', 'eval.py', *sys.argv[1:]]), 'commit': data.commit()}
@@ -1754,11 +1645,11 @@ def main(args: argparse.Namespace) -> int:
         report |= {'seed': args.seed, 'seconds': time.time() - started}
         report |= {'rows': found.rows, 'outcomes': found.outcomes}
         if args.rank == 0:
-            say(args, found.title)
+            print(textwrap.fill(found.title, 120, break_on_hyphens=False), flush=True)
             table(found.rows, found.down, found.across)
             if found.plotted and args.plot:
                 curves(Path(args.plot), found)
-            for run in runs if args.command != 'show' else []:
+            for run in runs:
                 keep({**report, 'updates': updates[run]}, run, args)
             if args.json:
                 data.write(Path(args.json), as_json(report))

@@ -382,7 +382,6 @@ def main(cfg: Config, given: set[str]) -> None:
     state, cfg = data.open_run(cfg, given)
     check_config(cfg, given, world)
     first_step = state['step'] if state else 0
-    data.all_agree(first_step, cfg, world)
     plan = sub_stages(cfg)
     last_step = sum(steps for _, _, steps, _ in plan)
     model, tokenizer = build(cfg, state, rank, device)
@@ -402,9 +401,7 @@ def main(cfg: Config, given: set[str]) -> None:
         if rank == 0 and step == last_step:
             save_llava(model, tokenizer, run.out, cfg.max_length)
             what = f'A LLaVA from `{cfg.init}` and the language model `{cfg.llm}`'
-            header = (
-                HUB_HEADER.partition('\n')[2] if wrong else HUB_HEADER
-            )  # the hub would offer transformers
+            header = HUB_HEADER.partition('\n')[2] if wrong else HUB_HEADER  # without the library
             run.write_card(clip_adv.card(cfg, what, 2, header, facts, LOAD[bool(wrong) :]))
 
     run, end = None, 0
@@ -884,7 +881,8 @@ def llava_name_of_today(name: str) -> str:
     """One name for each weight of those that transformers gave it at one time or another."""
     name = re.sub(r'^model\.(?=language_model\.|vision_tower\.|multi_modal_projector\.)', '', name)
     if name.startswith('vision_tower.'):
-        return clip_adv.hf_name_of_today(name.replace('vision_tower.vision_model.', 'vision_tower.', 1))
+        name = name.replace('vision_tower.vision_model.', 'vision_tower.', 1)
+        return '' if name.endswith('.position_ids') else name  # 0, 1, 2, … of older versions
     if name.startswith('multi_modal_projector.'):
         return name
     name = name.removeprefix('language_model.')  # once there was language_model.layers, and lm_head on top
@@ -1025,21 +1023,25 @@ def load_adapters(place: Path, dtype: torch.dtype) -> tuple[LLaVA, data.LLMToken
     plain = 'fan_in_fan_out modules_to_save rank_pattern alpha_pattern use_rslora use_dora'.split()
     obeyed |= {key: [False, None, [], {}] for key in [*plain, 'layers_to_transform']}
     check_settings(lora, obeyed, place / 'adapter_config.json')
-    lora = {key: lora.get(key) for key in Adapters.__annotations__}
-    lora = clip_adv.typed(Adapters, lora, f'{place}/adapter_config.json')
-    print(f'note: {place}: its language model is {lora.base_model_name_or_path}, as adapter_config.json says')
-    llm, tokenizer = load_llm(lora.base_model_name_or_path, dtype)
+    needed = {'r': int, 'lora_alpha': float, 'target_modules': list[str], 'base_model_name_or_path': str}
+    for key, kind in needed.items():
+        if not clip_adv.suits(lora.get(key), kind):
+            data.fail(f'{place}/adapter_config.json: {key} is {lora.get(key)!r}')
+    r, scale, base = lora['r'], lora['lora_alpha'] / lora['r'], lora['base_model_name_or_path']
+    print(f'note: {place}: its language model is {base}, as base_model_name_or_path says')
+    llm, tokenizer = load_llm(base, dtype)
 
-    adapters = data.read_weights(place, ['adapter_model.safetensors', 'adapter_model.bin'], rename=peft_name)
-    named = [(name, m) for name, m in llm.named_modules() if name.rpartition('.')[2] in lora.target_modules]
+    files = ['adapter_model.safetensors', 'adapter_model.bin']
+    adapters = data.read_weights(place, files, rename=peft_name)
+    named = [(n, m) for n, m in llm.named_modules() if n.rpartition('.')[2] in lora['target_modules']]
     expected = {}
     for name, m in named:
-        expected[f'{name}.lora_A.weight'] = torch.empty(lora.r, m.in_features, device='meta')
-        expected[f'{name}.lora_B.weight'] = torch.empty(m.out_features, lora.r, device='meta')
+        expected[f'{name}.lora_A.weight'] = torch.empty(r, m.in_features, device='meta')
+        expected[f'{name}.lora_B.weight'] = torch.empty(m.out_features, r, device='meta')
     data.check_weights(adapters, expected, f'{place}/adapter_model')
     for name, m in named:
         a, b = (adapters[f'{name}.lora_{part}.weight'].float() for part in 'AB')
-        m.weight.data = (m.weight.data.float() + lora.lora_alpha / lora.r * b @ a).to(dtype)
+        m.weight.data = (m.weight.data.float() + scale * b @ a).to(dtype)
 
     weights = data.read_weights(place, [ADAPTERS], rename=official_name)
     weights.pop('visual.proj', None)  # into CLIP's shared space; of no use here
@@ -1051,16 +1053,6 @@ def load_adapters(place: Path, dtype: torch.dtype) -> tuple[LLaVA, data.LLMToken
     there = [name for name in model.state_dict() if name.startswith('llm.')]
     data.fill(model, weights, f'{place / ADAPTERS}', but=there)
     return model.eval(), tokenizer
-
-
-@dataclass
-class Adapters:
-    """What decides of PEFT's adapter_config.json."""
-
-    r: int
-    lora_alpha: float
-    target_modules: list[str]
-    base_model_name_or_path: str
 
 
 def peft_name(name: str) -> str:

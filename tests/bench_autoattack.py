@@ -104,8 +104,8 @@ def agree(args):
         print(f'AutoAttack: {run}, ε = {eps:g}: {share}, {found[-1]["seconds"]:.0f} s', flush=True)
         report = {
             'command': ' '.join(['python', *sys.argv]),
-            'commit': clip_adv.commit(),
-            'versions': clip_adv.versions(),
+            'commit': data.commit(),
+            'versions': data.versions(),
             'split': args.split,
             'seed': args.seed,
             'autoattack': found,
@@ -192,7 +192,6 @@ if __name__ == '__main__':
     parser.add_argument('--json', default='', help='agree: keep what AutoAttack found, image by image')
     arguments = parser.parse_args()
     logging.disable(logging.INFO)
-    clip_adv.keep_freed_memory()
     if arguments.command == 'compare':
         compare(json.loads(Path(arguments.run[0]).read_text()), arguments.report)
     else:

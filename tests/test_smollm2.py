@@ -9,6 +9,7 @@ import smollm2
 import torch
 from conftest import ROOT, execute, flags
 
+import data
 import llava_adv
 
 pytestmark = pytest.mark.slow
@@ -57,7 +58,7 @@ def test_logits_tokens_and_text_equal_transformers(gguf_file, directory):
 
 def test_it_answers(directory):
     llm, tokenizer = llava_adv.load_llm(str(directory), torch.float32)
-    ids, _ = llava_adv.Prompt(tokenizer, 'chat', 0, 999).encode([(QUESTION, None)])
+    ids, _ = data.Prompt(tokenizer, 'chat', 0, 999).encode([(QUESTION, None)])
     without_images = SimpleNamespace(llm=llm, embed=lambda images, ids: llm.model.embed_tokens(ids))
     (answer,) = llava_adv.generate(without_images, torch.empty(0, 3, 1, 1), [ids], 20, {tokenizer.eos})
     assert tokenizer.decode(answer) == 'The capital of France is Paris.'
@@ -101,7 +102,7 @@ def test_a_few_steps_of_both_sub_stages(directory, parts, tmp_path):
     model, info = LlavaForConditionalGeneration.from_pretrained(out, output_loading_info=True)
     assert not any(info.values()), info
     ours, tokenizer = llava_adv.load_llava(str(out))
-    prompt = llava_adv.Prompt(tokenizer, 'chat', ours.image_tokens, 999)
+    prompt = data.Prompt(tokenizer, 'chat', ours.image_tokens, 999)
     ids = torch.tensor([prompt.encode([('<image>\nwhat?', None)])[0]])
     x = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -112,5 +113,5 @@ def test_a_few_steps_of_both_sub_stages(directory, parts, tmp_path):
     text = processor.apply_chat_template(
         [{'role': 'user', 'content': '<image>\nwhat?'}], add_generation_prompt=True, tokenize=False
     )
-    shown = llava_adv.Prompt(tokenizer, 'chat', 1, 999).text([('<image>\nwhat?', None)])
+    shown = data.Prompt(tokenizer, 'chat', 1, 999).text([('<image>\nwhat?', None)])
     assert text == ''.join(part for part, _ in shown)

@@ -6,6 +6,7 @@ import resource
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -187,13 +188,17 @@ def test_a_run_is_never_overwritten_by_accident(tmp_path):
 
 
 def test_a_run_without_a_checkpoint_goes_on_with_its_own_settings(tmp_path):
-    """From update 0, where nothing was saved yet."""
+    """From update 0, where nothing was saved yet; but not where the checkpoint of a model is missing."""
     train(out=tmp_path / 'whole')
     train(out=tmp_path / 'lost')
     for file in (tmp_path / 'lost').glob('*train_state.pt'):
         file.unlink()
-    data_parse = data.parse(clip_adv.Config, '', ['--out', str(tmp_path / 'lost'), '--resume'])
-    clip_adv.main(*data_parse)
+    resumed = data.parse(clip_adv.Config, '', ['--out', str(tmp_path / 'lost'), '--resume'])
+    with pytest.raises(SystemExit, match='holds a model but no train_state.pt'):
+        clip_adv.main(*resumed)
+    for file in set((tmp_path / 'lost').iterdir()) - {tmp_path / 'lost' / 'train_config.json'}:
+        file.unlink()
+    clip_adv.main(*resumed)
     assert_same_state(state(tmp_path / 'lost'), state(tmp_path / 'whole'))
     assert quantities(tmp_path / 'lost') == quantities(tmp_path / 'whole')
 
@@ -425,44 +430,20 @@ def test_the_claim_in_miniature(tmp_path):
     """Clean training collapses under attack, adversarial training does not: 16 tokens an image, 700 updates
     each."""
     torch.set_num_threads(2)
-    small = dict(
-        size=32,
-        patch=8,
-        steps=700,
-        lr=2e-3,
-        eps_from=0.2,
-        eps_to=0.5,
-        k_from=1.0,
-        log_every=100,
-        save_every=1000,
-    )
-    results = {}
+    small = dict(size=32, patch=8, steps=700, lr=2e-3, eps_from=0.2, eps_to=0.5, k_from=1.0)
     for name, eps in (('vanilla', 0), ('delta', 8)):
-        clip_adv.main(*data.parse(clip_adv.Config, '', flags(**small, eps=eps, out=tmp_path / name)))
-    args = evaluation.parse(
-        [
-            'zeroshot',
-            str(tmp_path / 'vanilla'),
-            str(tmp_path / 'delta'),
-            '--split',
-            'val',
-            '--n',
-            '100',
-            '--eps',
-            '8',
-            '--attack',
-            'apgd',
-            '--quiet',
-            '--json',
-            str(tmp_path / 'result.json'),
-        ]
-    )
-    assert evaluation.main(args) == 0
-    for r in json.loads((tmp_path / 'result.json').read_text())['results']:
-        results[r['dir'].split('/')[-1]] = r['clean_acc'], r['adv_acc']['8']
+        logged = dict(log_every=100, save_every=1000, out=tmp_path / name)
+        clip_adv.main(*data.parse(clip_adv.Config, '', flags(**small, **logged, eps=eps)))
+    measured = 'zeroshot vanilla delta --split val --n 100 --eps 8 --attack apgd --quiet --json result.json'
+    argv = [str(tmp_path / w) if w in ('vanilla', 'delta', 'result.json') else w for w in measured.split()]
+    assert evaluation.main(evaluation.parse(argv)) == 0
+    results = {'vanilla': {}, 'delta': {}}
+    for r in json.loads((tmp_path / 'result.json').read_text())['rows']:
+        if r['measure'] == 'accuracy':
+            results[Path(r['model']).name][r['eps']] = r['value']
     # measured: vanilla 58 % → 2 %, Δ 40 % → 31 %; chance is 4 %
-    assert results['vanilla'][0] > 0.45 and results['vanilla'][1] < 0.15, results
-    assert results['delta'][1] > 0.22 and results['delta'][1] > results['vanilla'][1] + 0.12, results
+    assert results['vanilla'][0] > 0.45 and results['vanilla'][8] < 0.15, results
+    assert results['delta'][8] > 0.22 and results['delta'][8] > results['vanilla'][8] + 0.12, results
 
 
 @pytest.mark.gpu

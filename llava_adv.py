@@ -1026,9 +1026,9 @@ def load_adapters(place: Path, dtype: torch.dtype) -> tuple[LLaVA, data.LLMToken
     needed = {'r': int, 'lora_alpha': float, 'target_modules': list[str], 'base_model_name_or_path': str}
     for key, kind in needed.items():
         if not clip_adv.suits(lora.get(key), kind):
-            data.fail(f'{place}/adapter_config.json: {key} is {lora.get(key)!r}')
+            data.fail(f'{place}/adapter_config.json: {key} is {lora.get(key)!r}; supported: {kind.__name__}')
     r, scale, base = lora['r'], lora['lora_alpha'] / lora['r'], lora['base_model_name_or_path']
-    print(f'note: {place}: its language model is {base}, as base_model_name_or_path says')
+    print(f'note: {place}: its language model is {base}, as adapter_config.json says')
     llm, tokenizer = load_llm(base, dtype)
 
     files = ['adapter_model.safetensors', 'adapter_model.bin']

@@ -670,30 +670,39 @@ def test_a_folder_with_somebody_elses_model_is_left_alone(tmp_path, how):
 @pytest.mark.parametrize(
     'change, message',
     [
-        (dict(vision_cfg=dict(layers=[3, 4, 6, 3])), r'vision_cfg.layers is \[3, 4, 6, 3\]; supported: int'),
-        (dict(vision_cfg=dict(patch_size=None)), 'vision_cfg.patch_size is None; supported: int'),
+        (
+            dict(vision_cfg=dict(layers=[3, 4, 6, 3])),
+            r'model_cfg.vision_cfg.layers is \[3, 4, 6, 3\]; supported: int',
+        ),
+        (dict(vision_cfg=dict(patch_size=None)), 'model_cfg.vision_cfg.patch_size is None; supported: int'),
         (
             dict(vision_cfg=dict(image_size=[224, 224])),
-            r'vision_cfg.image_size is \[224, 224\]; supported: int',
+            r'model_cfg.vision_cfg.image_size is \[224, 224\]; supported: int',
         ),
         (
             dict(vision_cfg=dict(timm_model_name='x')),
-            'vision_cfg: unknown key timm_model_name; supported: image_size',
+            'model_cfg.vision_cfg: unknown key timm_model_name; supported: image_size',
         ),
-        (dict(vision_cfg=dict(layers=True)), 'vision_cfg.layers is True'),
-        (dict(vision_cfg=dict(mlp_ratio='4')), "vision_cfg.mlp_ratio is '4'; supported: float"),
-        (dict(vision_cfg=dict(act_kwargs={'foo': 1})), r"vision_cfg.act_kwargs is \{'foo': 1\}"),
-        (dict(vision_cfg=dict(pool_type='max')), "vision_cfg.pool_type is 'max'; supported: .*'tok', 'avg'"),
-        (dict(vision_cfg=None), 'vision_cfg is None; expected an object'),
+        (dict(vision_cfg=dict(layers=True)), 'model_cfg.vision_cfg.layers is True'),
+        (dict(vision_cfg=dict(mlp_ratio='4')), "model_cfg.vision_cfg.mlp_ratio is '4'; supported: float"),
+        (dict(vision_cfg=dict(act_kwargs={'foo': 1})), r"model_cfg.vision_cfg.act_kwargs is \{'foo': 1\}"),
+        (
+            dict(vision_cfg=dict(pool_type='max')),
+            "model_cfg.vision_cfg.pool_type is 'max'; supported: .*'tok', 'avg'",
+        ),
+        (dict(vision_cfg=None), 'model_cfg.vision_cfg is None; expected an object'),
         (
             dict(text_cfg=dict(act_kwargs={'approximate': 'foo'})),
-            "text_cfg.act_kwargs is .*'foo'.*'none', 'tanh'",
+            "model_cfg.text_cfg.act_kwargs is .*'foo'.*'none', 'tanh'",
         ),
         (
             dict(text_cfg=dict(norm_kwargs={'eps': 'a'})),
-            r"text_cfg.norm_kwargs is \{'eps': 'a'\}; supported: ",
+            r"model_cfg.text_cfg.norm_kwargs is \{'eps': 'a'\}; supported: ",
         ),
-        (dict(text_cfg=dict(norm_kwargs={'eps': 1e-6, 'bias': False})), 'text_cfg.norm_kwargs is .*bias'),
+        (
+            dict(text_cfg=dict(norm_kwargs={'eps': 1e-6, 'bias': False})),
+            'model_cfg.text_cfg.norm_kwargs is .*bias',
+        ),
         (dict(embed_dim=None), 'model_cfg.embed_dim is None'),
         (dict(embed_dim=-1), 'model_cfg.embed_dim is -1'),
         (dict(quick_gelu='no'), "model_cfg.quick_gelu is 'no'; supported: bool"),

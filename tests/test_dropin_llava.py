@@ -479,7 +479,7 @@ def test_settings_of_the_released_layout_that_cannot_be_obeyed(tmp_path, base, c
         ),
         ('adapter_config', dict(use_dora=True), 'use_dora is True'),
         ('adapter_config', dict(init_lora_weights='pissa'), "init_lora_weights is 'pissa'"),
-        ('adapter_config', dict(r=None), r'adapter_config.json.r is None; supported: int'),
+        ('adapter_config', dict(r=None), r'adapter_config.json: r is None; supported: int'),
         ('adapter_config', dict(target_modules=['q_proj']), 'k_proj.lora_A.weight: surplus'),
         ('adapter_config', dict(base_model_name_or_path=nowhere), f'{nowhere}: no such file or directory'),
         (

@@ -10,6 +10,7 @@ files of weights, settings from the command line, processes, the run directory. 
 """
 
 import argparse
+import ctypes
 import dataclasses
 import fnmatch
 import functools
@@ -438,6 +439,7 @@ class PairDataset(torch.utils.data.Dataset):
         self.pairs, self.tokenizer, self.fit, self.seed = pairs, tokenizer, fit, seed
         # the shapes are few and small: decode and resize them once
         self.cache = [fit(read_image(f)) for f in pairs.files] if pairs.augment == 'shapes' else None
+        self.tokens: dict[str, Tensor] = {}  # … and encode their captions once
 
     def __getitem__(self, item: tuple[int, int]) -> tuple[Tensor, Tensor]:
         row, number = item
@@ -446,7 +448,12 @@ class PairDataset(torch.utils.data.Dataset):
             image = shift_and_flip(self.cache[row], g)
         else:
             image = self.fit(random_crop(read_image(self.pairs.files[row]), g))
-        return image, self.tokenizer([self.pairs.captions[row]])[0]
+        caption = self.pairs.captions[row]
+        if self.cache is None:
+            return image, self.tokenizer([caption])[0]
+        if caption not in self.tokens:
+            self.tokens[caption] = self.tokenizer([caption])[0]
+        return image, self.tokens[caption]
 
 
 class Order:
@@ -1161,6 +1168,7 @@ def start_processes(patience=None) -> tuple[int, int, torch.device]:
 
     patience: how long a rank waits for the others (a timedelta); default: torch's, minutes.
     """
+    keep_freed_memory()
     if 'RANK' not in os.environ:
         return 0, 1, torch.device('cuda' if torch.cuda.is_available() else 'cpu')
     device = torch.device('cpu')
@@ -1170,6 +1178,14 @@ def start_processes(patience=None) -> tuple[int, int, torch.device]:
     if not dist.is_initialized():
         dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo', timeout=patience)
     return dist.get_rank(), dist.get_world_size(), device
+
+
+def keep_freed_memory() -> None:
+    """Lets glibc reuse freed tensors; else it hands them back after each operation and gets zeroed pages."""
+    if platform.libc_ver()[0] == 'glibc':
+        libc, trim_threshold, mmap_threshold = ctypes.CDLL(None), -1, -3
+        if libc.mallopt(mmap_threshold, 32 << 20):  # no more is taken; the other one alone would do harm
+            libc.mallopt(trim_threshold, 2**31 - 1)
 
 
 def commit() -> str:

@@ -1,6 +1,7 @@
 """Training as a user runs it: launchers, processes, signals, resuming, bad input; that the defence works."""
 
 import json
+import math
 import os
 import resource
 import signal
@@ -423,6 +424,18 @@ def test_eps_0_sees_the_same_samples(tmp_path, monkeypatch):
     clean, adv = quantities(tmp_path / 'clean'), quantities(tmp_path / 'adv')
     assert [r['step'] for r in clean] == [r['step'] for r in adv] and all(r['k'] == 0 for r in clean)
     assert all(r['loss_adv'] == pytest.approx(r['loss_clean'], abs=1e-6) for r in clean)
+
+
+def test_the_logit_scale_stays_below_100(tmp_path):
+    """CLIP's limit: from above it one update leads to it."""
+    train(out=tmp_path / 'a', steps=1)
+    model, tokenizer = clip_adv.load_clip(tmp_path / 'a')
+    model.logit_scale.data.fill_(math.log(200))
+    (tmp_path / 'b').mkdir()
+    clip_adv.save_clip(model, tokenizer, tmp_path / 'b')
+    settings = flags(out=tmp_path / 'c', init=tmp_path / 'b', steps=1, batch_size=8)
+    clip_adv.main(*data.parse(clip_adv.Config, '', settings))
+    assert state(tmp_path / 'c')['model']['logit_scale'] == torch.tensor(math.log(100))
 
 
 # --------------------------------------------------------------------------------------------------- learning

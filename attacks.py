@@ -180,8 +180,9 @@ def margin(z: Tensor, y: Tensor) -> Tensor:
 
 def targeted_dlr(z: Tensor, y: Tensor, target: Tensor) -> Tensor:
     """−(z_y − z_t) / (z₁ − (z₃ + z₄)/2), z₁ ≥ z₂ ≥ …: the targeted difference of logits ratio, which no
-    rescaling of the logits changes.   arXiv 2003.01690, eq. (8)     logits [b, C], labels [b], targets [b] →
-    [b]
+    rescaling of the logits changes.   arXiv 2003.01690, eq. (8)
+
+    logits [b, C], labels [b], targets [b] → [b].
 
     It needs 4 classes. With 3 the denominator is z₁ − z₃, with 2 (where every ratio is constant) it is 1.
     """

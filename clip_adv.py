@@ -703,12 +703,10 @@ def save_clip(model: CLIP, tokenizer: data.Tokenizer, out: Path) -> None:
     for name, text in files.items():
         data.write(out / name, text)
     data.write_weights(out / data.OPEN_CLIP_FILES[0], weights)
-    (out / 'config.json').unlink(missing_ok=True)  # it comes back last: where it is, the rest is there
     if not not_in_hf(model.cfg, model.preprocess, tokenizer):
-        data.write_weights(out / 'model.safetensors', weights_to_hf(weights))
         how = hf_preprocessor(model.preprocess, model.visual.size, 'CLIPProcessor')
-        data.write(out / 'preprocessor_config.json', json.dumps(how, indent=2))
-        data.write(out / 'config.json', json.dumps(hf_config(model.cfg, tokenizer), indent=2))
+        how = {'preprocessor_config.json': json.dumps(how, indent=2)}
+        data.save_directory(out, hf_config(model.cfg, tokenizer), weights_to_hf(weights), how)
 
 
 # ------------------------------------------------------------------------------ Hugging Face's CLIP: settings

@@ -437,23 +437,17 @@ class PairDataset(torch.utils.data.Dataset):
 
     def __init__(self, pairs: Pairs, tokenizer: 'Tokenizer', fit: Fit, seed: int):
         self.pairs, self.tokenizer, self.fit, self.seed = pairs, tokenizer, fit, seed
-        # the shapes are few and small: decode and resize them once
-        self.cache = [fit(read_image(f)) for f in pairs.files] if pairs.augment == 'shapes' else None
-        self.tokens: dict[str, Tensor] = {}  # … and encode their captions once
+        self.shapes = pairs.augment == 'shapes'  # few and small: decoded, resized and encoded once
+        self.images = [fit(read_image(f)) for f in pairs.files] if self.shapes else []
+        self.tokens = tokenizer(pairs.captions) if self.shapes else None
 
     def __getitem__(self, item: tuple[int, int]) -> tuple[Tensor, Tensor]:
         row, number = item
         g = generator(self.seed, 'augment', number)
-        if self.cache is not None:
-            image = shift_and_flip(self.cache[row], g)
-        else:
-            image = self.fit(random_crop(read_image(self.pairs.files[row]), g))
-        caption = self.pairs.captions[row]
-        if self.cache is None:
-            return image, self.tokenizer([caption])[0]
-        if caption not in self.tokens:
-            self.tokens[caption] = self.tokenizer([caption])[0]
-        return image, self.tokens[caption]
+        if self.shapes:
+            return shift_and_flip(self.images[row], g), self.tokens[row]
+        image = self.fit(random_crop(read_image(self.pairs.files[row]), g))
+        return image, self.tokenizer([self.pairs.captions[row]])[0]
 
 
 class Order:
@@ -570,7 +564,7 @@ def prompt_style(style: str, tokenizer: 'LLMTokenizer') -> str:
         Prompt(tokenizer, 'chat', 1, 1 << 30).text([('Is it?', 'Yes')])
         return 'chat'
     except BadTemplate as e:  # such as that of llava-1.5-7b-hf, whose answers have no end
-        if int(os.environ.get('RANK', 0)) == 0:
+        if rank_and_world()[0] == 0:
             print(f"note: the chat template {e.why}; so questions are put as Vicuna's (--prompt v1)")
         return 'v1'
 
@@ -1085,6 +1079,17 @@ def write_weights(file: Path, weights: dict[str, Tensor]) -> None:
     write(file, lambda beside: save_file(weights, beside, metadata={'format': 'pt'}))
 
 
+def save_directory(folder: Path, config: dict, weights: dict[str, Tensor], files: dict[str, str]) -> None:
+    """A model as Hugging Face has it. config.json comes last: where it is, the rest is there and belongs to
+    it.   files: of tokenizer and processor"""
+    (folder / 'config.json').unlink(missing_ok=True)
+    tied = config.get('tie_word_embeddings')
+    kept = {name: w for name, w in weights.items() if not (tied and name.endswith('lm_head.weight'))}
+    write_weights(folder / 'model.safetensors', kept)
+    for name, text in {**files, 'config.json': json.dumps(config, indent=2)}.items():
+        write(folder / name, text)
+
+
 def model_type(place: Path) -> str | None:
     """What the config.json of a Hugging Face directory says that it is."""
     file = place / 'config.json'
@@ -1177,7 +1182,19 @@ def start_processes(patience=None) -> tuple[int, int, torch.device]:
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo', timeout=patience)
-    return dist.get_rank(), dist.get_world_size(), device
+    return *rank_and_world(), device
+
+
+def rank_and_world() -> tuple[int, int]:
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def gather_objects(value) -> list:
+    """[value of rank 0, value of rank 1, …] on all ranks."""
+    everyone = [value] * rank_and_world()[1]
+    if len(everyone) > 1:
+        dist.all_gather_object(everyone, value)
+    return everyone
 
 
 def keep_freed_memory() -> None:
@@ -1188,6 +1205,7 @@ def keep_freed_memory() -> None:
             libc.mallopt(trim_threshold, 2**31 - 1)
 
 
+@functools.cache  # what is running, whatever happens to the files meanwhile
 def commit() -> str:
     """Short hash of this code's commit, with '-dirty' where the code differs from it."""
     command = ['git', 'describe', '--always', '--dirty', '--exclude', '*']
@@ -1255,11 +1273,9 @@ def open_run(cfg, given: set[str]) -> tuple[dict | None, object]:
     """(the state to resume or None, the configuration that holds). An --out that is neither empty nor a run
     to --resume is refused; a run goes on with its own settings. Changes nothing on the disk."""
     state, cfg = state_and_settings(cfg, given)
-    if dist.is_initialized():  # without a file system that all ranks share, their runs would differ
-        everyone = [None] * dist.get_world_size()
-        dist.all_gather_object(everyone, (state and state['step'], dataclasses.asdict(cfg)))
-        if any(theirs != everyone[0] for theirs in everyone):
-            fail(f'--out {cfg.out}: the ranks found different checkpoints or settings there')
+    first, *others = gather_objects((state and state['step'], dataclasses.asdict(cfg)))
+    if any(theirs != first for theirs in others):  # without a file system that all ranks share
+        fail(f'--out {cfg.out}: the ranks found different checkpoints or settings there')
     return state, cfg
 
 
@@ -1292,7 +1308,7 @@ def load_state(out: Path) -> dict | None:
     for file in [f for f in (out / 'train_state.pt', out / 'previous_train_state.pt') if f.exists()]:
         try:
             state = torch.load(file, map_location='cpu', weights_only=True)
-            if broken and int(os.environ.get('RANK', 0)) == 0:
+            if broken and rank_and_world()[0] == 0:
                 print(f'warning: {broken[0]}; going on from the one before, {file}', file=sys.stderr)
             return state
         except Exception as e:
@@ -1304,7 +1320,7 @@ def load_state(out: Path) -> dict | None:
 def write_settings(cfg) -> dict:
     """train_config.json, by which a folder is known to be a run."""
     about = {'config': dataclasses.asdict(cfg), 'commit': commit(), 'versions': versions()}
-    about['processes'] = dist.get_world_size() if dist.is_initialized() else 1
+    about['processes'] = rank_and_world()[1]
     try:
         Path(cfg.out).mkdir(parents=True, exist_ok=True)
     except OSError as e:
@@ -1322,8 +1338,7 @@ class Run:
     def __init__(self, cfg, first_step: int, steps: int, facts: str, device: torch.device):
         self.cfg, self.steps, self.device = cfg, steps, device
         self.out, self.saved_step, self.started, self.signal = Path(cfg.out), first_step, time.time(), 0
-        self.world = dist.get_world_size() if dist.is_initialized() else 1
-        self.rank = dist.get_rank() if dist.is_initialized() else 0
+        self.rank, self.world = rank_and_world()
         self.last_log = (self.started, first_step)
         self.handlers = {n: signal.signal(n, self.on_signal) for n in (signal.SIGINT, signal.SIGTERM)}
         if self.rank > 0:

@@ -78,20 +78,12 @@ def measure(args, task, numbers: list[int], levels: list[float], name: str) -> d
             for level in levels:
                 found[level] |= task.judge(loaded, level)
                 bar.update(len(pool))
-    parts = gather(found)
+    parts = data.gather_objects(found)
     return {level: {i: outcome for part in parts for i, outcome in part[level].items()} for level in levels}
 
 
 def chunks(items: list, size: int):
     return (items[i : i + size] for i in range(0, len(items), size))
-
-
-def gather(value) -> list:
-    """[value of rank 0, value of rank 1, …] on all ranks."""
-    everyone = [value] * (dist.get_world_size() if dist.is_initialized() else 1)
-    if len(everyone) > 1:
-        dist.all_gather_object(everyone, value)
-    return everyone
 
 
 def sample(n: int, name: str, args, keep: list[int] | None = None) -> list[int]:
@@ -404,8 +396,9 @@ class Typographic(ZeroShot):
     """For `measure`: a wrong name on the image.   outcome: (its class, what is written, what is seen)"""
 
     def load(self, numbers: list[int]) -> list[tuple]:
-        classes = [two_classes(self.images, i, self.args.seed) for i in numbers]
-        return [(i, self.images.item(i)[0], *two) for i, two in zip(numbers, classes)]
+        found = [(i, *self.images.item(i)) for i in numbers]
+        wrong = [another_class(self.images, i, right, self.args.seed) for i, _, right in found]
+        return [(*each, other) for each, other in zip(found, wrong)]
 
     def judge(self, loaded: list[tuple], height: float) -> dict[int, tuple]:
         found = {}
@@ -437,11 +430,11 @@ def typographic(args) -> Report:
     return Report(rows, outcomes, title, ['model', 'measure'], 'height', ('accuracy', 'the written class'))
 
 
-def two_classes(images: 'ClassSet', number: int, seed: int) -> tuple[int, int]:
-    """The image's class, and another one, drawn by seed."""
-    label, g = images.item(number)[1], data.generator(seed, 'typographic', number)
+def another_class(images: 'ClassSet', number: int, label: int, seed: int) -> int:
+    """A class that is not the image's, drawn by seed."""
+    g = data.generator(seed, 'typographic', number)
     other = int(torch.randint(len(images.classes) - 1, (), generator=g))
-    return label, other + (other >= label)
+    return other + (other >= label)
 
 
 def written(image, name: str, percent_high: float):
@@ -468,11 +461,13 @@ def targeted_grid(args, images: 'ClassSet', number: int) -> None:
     """clean | δ | x+δ for radii so large that δ is seen: a line for each radius, a block for each model"""
     if args.target and args.target not in images.classes:
         data.fail(f'--target {args.target}: not a class; the classes are {", ".join(images.classes[:30])}')
-    goal = images.classes.index(args.target) if args.target else two_classes(images, number, args.seed)[1]
+    image, label = images.item(number)
+    goal = another_class(images, number, label, args.seed)
+    goal = images.classes.index(args.target) if args.target else goal
     lines = [[] for _ in args.grid_eps]
     for path in args.dirs:
         classifier = Classifier(path, args.device).embed_classes(images.classes, images.templates)
-        x = classifier.pixels(images.item(number)[0])
+        x = classifier.pixels(image)
         for line, eps in zip(lines, args.grid_eps):
             x_adv = towards(classifier, x[None], goal, eps / 255)[0]
             before, after = (images.classes[int(classifier(z[None]).argmax())] for z in (x, x_adv))
@@ -806,14 +801,15 @@ class Audit:
     def __post_init__(self):
         self.x, self.y, self.how = self.images.x, self.images.y, {'batch_size': self.args.batch_size}
         self.rows = torch.arange(len(self.x), device=self.x.device)
-        self.total = sum(gather(len(self.x)))  # on all processes, as shares are
+        self.total = sum(data.gather_objects(len(self.x)))  # on all processes, as shares are
 
     def checks(self):
         """Yields (check, whether it holds or None, figure). Each accuracy has random starts of its own."""
         x, y, eps, slack, p = self.x, self.y, self.eps, max(0.01, 1 / self.total) + 1e-9, percent
-        correct, clean = self.correct(x, y), self.share(self.correct(x, y))
+        correct = self.correct(x, y)
+        clean = self.share(correct)
 
-        difference = max(gather(float((self.logits(x) - self.logits(x)).abs().max())))
+        difference = max(data.gather_objects(float((self.logits(x) - self.logits(x)).abs().max())))
         yield 'deterministic', difference == 0, f'the same images twice: logits differ by {difference:.2g}'
 
         flat = self.gradient(partial(F.cross_entropy, reduction='none'), x).flatten(1).abs().amax(1) == 0
@@ -866,7 +862,7 @@ class Audit:
         yield 'ε = 1 leaves nothing', everything <= slack, f'APGD: {p(everything)} %'
 
     def share(self, flags: Tensor) -> float:
-        return sum(gather(int(flags.sum()))) / self.total
+        return sum(data.gather_objects(int(flags.sum()))) / self.total
 
     def logits(self, x: Tensor) -> Tensor:
         return torch.cat([self.classifier(part) for part in x.split(self.args.batch_size)])
@@ -905,7 +901,7 @@ class Audit:
         measured = (self.margins(at + h * v) - self.margins(at - h * v)) / (2 * h)
         error = (slope - measured).abs() / torch.maximum(slope.abs(), measured.abs()).clamp(min=1e-12)
         error = torch.where((slope == 0) & (measured == 0), 1.0, error)  # 0 against 0 counts as wrong
-        return float(torch.tensor(sum(gather(error.tolist()), [])).median())
+        return float(torch.tensor(sum(data.gather_objects(error.tolist()), [])).median())
 
     def under_apgd(self, eps: float, purpose: str, steps: int = 0, restarts: int = 1) -> float:
         standing, steps = self.correct(self.x, self.y), steps or self.iterations
@@ -1494,9 +1490,10 @@ def write_card(run: Path) -> None:
     text = file.read_bytes().decode('utf-8')  # with the line ends that it has
     if not re.match(r'---\r?\n.*?\n---', text, re.DOTALL):
         data.fail(f'{file} has no header in YAML, so it can show no results')
+    updates = data.updates_of(run)
     for measured in sorted((run / 'eval').glob('*.json')):
         report = data.read_json(measured, str(run))
-        if report.get('updates') == data.updates_of(run):
+        if report.get('updates') == updates:
             rows = [r for r in report.get('rows', []) if r['value'] is not None]
             results += [result(r, command=measured.name.partition('_')[0]) for r in rows]
     card = ModelCard(text)

@@ -414,6 +414,7 @@ def main(cfg: Config, given: set[str]) -> None:
         style = 'plain' if sub == 'A' else model.style
         prompt = data.Prompt(tokenizer, style, model.image_tokens, cfg.max_length)
         groups = trainable(model, cfg, sub)
+        trained = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(groups, weight_decay=cfg.wd, betas=(0.9, 0.999), fused=True)
         if state and run is None:
             load_trained(model, state['model'], f'{cfg.out}/train_state.pt')
@@ -478,7 +479,6 @@ def main(cfg: Config, given: set[str]) -> None:
                     (loss * world / tokens).backward()  # times W, as DDP averages over the ranks
                 loss_adv += loss.detach()
                 train_ms += clock.lap_ms()
-            trained = [p for p in model.parameters() if p.requires_grad]
             grad_norm = nn.utils.clip_grad_norm_(trained, cfg.grad_clip)
             run.stop_if_not_finite(step, loss_adv.item() / tokens, grad_norm.item())
             for group in optimizer.param_groups:
@@ -717,7 +717,7 @@ def train_tiny_llm(folder: Path, cfg: Config, steps: int = 800, batch_size: int 
         optimizer.step()
         optimizer.zero_grad()
     folder.mkdir(parents=True, exist_ok=True)
-    save_directory(folder, config, dict(llm.state_dict()), tokenizer.files(2048))
+    data.save_directory(folder, config, dict(llm.state_dict()), tokenizer.files(2048))
 
 
 def draw(n: int, g: torch.Generator) -> int:
@@ -857,16 +857,6 @@ def fit_vocabulary(weights: dict[str, Tensor], llm: Llama, rows: int, prefix: st
             weights[name] = torch.cat([w, w.mean(0, keepdim=True).expand(new, -1)])
 
 
-def save_directory(folder: Path, config: dict, weights: dict[str, Tensor], files: dict[str, str]) -> None:
-    """config.json comes last: where it is, the rest is there and belongs to it.   files: the tokenizer's"""
-    (folder / 'config.json').unlink(missing_ok=True)
-    tied = config.get('tie_word_embeddings')
-    kept = {name: w for name, w in weights.items() if not (tied and name.endswith('lm_head.weight'))}
-    data.write_weights(folder / 'model.safetensors', kept)
-    for name, text in {**files, 'config.json': json.dumps(config, indent=2)}.items():
-        data.write(folder / name, text)
-
-
 # ---------------------------------------------------------------------------------------------- LLaVA on disk
 def hf_llava_names(name: str, plain_tower: bool = False) -> list[str]:
     """A weight of LLaVA as LlavaForConditionalGeneration has it.   plain_tower: one of open_clip alone"""
@@ -907,7 +897,7 @@ def save_llava(model: LLaVA, tokenizer: data.LLMTokenizer, out: Path, max_length
     files = tokenizer.files(max_length, chat_template(model, tokenizer))
     files['preprocessor_config.json'], files['processor_config.json'] = json.dumps(how), json.dumps(processor)
     files['generation_config.json'] = json.dumps({k: v for k, v in ends.items() if v is not None})
-    save_directory(out, hf_config(model), weights, files)
+    data.save_directory(out, hf_config(model), weights, files)
     if wrong:
         said = f"note: {out}: Hugging Face's CLIP cannot express this image tower ({'; '.join(wrong)})"
         print(f'{said}, so transformers does not open the directory; eval.py, --init and --chat do')

@@ -192,6 +192,7 @@ if __name__ == '__main__':
     parser.add_argument('--json', default='', help='agree: keep what AutoAttack found, image by image')
     arguments = parser.parse_args()
     logging.disable(logging.INFO)
+    data.keep_freed_memory()
     if arguments.command == 'compare':
         compare(json.loads(Path(arguments.run[0]).read_text()), arguments.report)
     else:

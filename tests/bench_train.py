@@ -4,11 +4,13 @@
 Both train the same architecture (clip_adv.py's defaults) on the same images with the same attack, take turns
 in one process, and are judged by the ratio in each turn: machines are noisy, ratios less so. "open_clip" is
 what a user would write: its model, its ClipLoss, a PGD loop with torch.autograd.grad around encode_image,
-text encoded once.
+text encoded once. A second line, from processes that take turns: glibc's allocator as it is, and as
+data.keep_freed_memory sets it.
 """
 
 import functools
 import statistics
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -88,16 +90,37 @@ def main():
     ours = functools.partial(our_step, model, optimizer, x, tokens)
     mean_std = model.visual.mean, model.visual.std
     other = functools.partial(open_clip_step, theirs, optimizer2, x, tokens, *mean_std)
+    data.keep_freed_memory()  # for both: what is compared here is the code
     ours(), other()
-    rows = [(images_per_s(ours, len(x)), images_per_s(other, len(x))) for _ in range(TURNS)]
-    ratios = sorted(a / b for a, b in rows)
-    a, b = (statistics.median(column) for column in zip(*rows, strict=True))
+    report('ours', 'open_clip', [(images_per_s(ours, len(x)), images_per_s(other, len(x))) for _ in range(TURNS)])
+    ways = ('kept', 'as it is')
+    report('memory kept', 'as it is', [tuple(map(in_a_process, ways)) for _ in range(TURNS)])
+
+
+def in_a_process(how: str) -> float:
+    command = [sys.executable, __file__, how]
+    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+
+def alone(how: str) -> None:
+    if how == 'kept':
+        data.keep_freed_memory()
+    model, x, tokens = build()
+    step = functools.partial(our_step, model, adamw(model), x, tokens)
+    step(), step()
+    print(images_per_s(step, len(x)))
+
+
+def report(a, b, rows):
+    ratios = sorted(one / other for one, other in rows)
+    medians = [statistics.median(column) for column in zip(*rows, strict=True)]
     print(
-        f'ours: {a:.0f} images/s, open_clip: {b:.0f} images/s; ratio, median of {TURNS} turns: '
+        f'{a}: {medians[0]:.0f} images/s, {b}: {medians[1]:.0f} images/s; ratio, median of {len(rows)} turns: '
         f'{statistics.median(ratios):.2f} ({ratios[0]:.2f} … {ratios[-1]:.2f}); '
-        f'{torch.get_num_threads()} threads, torch {torch.__version__}'
+        f'{torch.get_num_threads()} threads, torch {torch.__version__}',
+        flush=True,
     )
 
 
 if __name__ == '__main__':
-    main()
+    alone(sys.argv[1]) if sys.argv[1:] else main()

@@ -127,7 +127,7 @@ def parts(tmp_path_factory):
     with clip_adv.seeded(1):
         llm = llava_adv.Llama(config)
     (root / 'llm').mkdir()
-    llava_adv.save_directory(root / 'llm', config, dict(llm.state_dict()), tok.files(512))
+    data.save_directory(root / 'llm', config, dict(llm.state_dict()), tok.files(512))
     for name, captions in (
         ('a', True),
         ('b', False),

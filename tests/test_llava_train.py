@@ -169,7 +169,7 @@ def test_resume_with_another_llm(parts, whole, tmp_path):
     other = tmp_path / 'llm'
     other.mkdir()
     weights = {n: w + 0.1 for n, w in llm.state_dict().items()}
-    llava_adv.save_directory(other, llm.config, weights, tok.files(512))
+    data.save_directory(other, llm.config, weights, tok.files(512))
     saved = state(out)
     torch.save(saved | {'config': saved['config'] | {'llm': str(other)}}, out / 'train_state.pt')
     with pytest.raises(SystemExit, match=r'the LLM \(.*\) is not the one that the run'):

@@ -340,19 +340,20 @@ def main(cfg: Config, given: set[str]) -> None:
         """What can be derived from a checkpoint: the model for other libraries, and its card."""
         if rank == 0 and step:
             save_clip(model, tokenizer, run.out)
+            data.write_settings(cfg, step)
             run.write_card(card(cfg, 'A CLIP', 1, HUB_HEADER, facts, LOAD if not wrong else LOAD[:1]))
 
     export(first_step)
     fit = data.Fit(model.visual.size, model.preprocess.interpolation, model.preprocess.resize_mode)
     samples = data.PairDataset(pairs, tokenizer, fit, cfg.seed)
-    order = data.Order(len(pairs), cfg.batch_size, range(first_step, cfg.steps), cfg.seed, rank, world)
+    order = data.order(len(pairs), cfg.batch_size, range(first_step, cfg.steps), cfg.seed, rank, world)
     bar = run.bar(data.loader(samples, order, cfg.workers), 'clip_adv', first_step, cfg.steps)
     amp = torch.autocast(device.type, torch.bfloat16, enabled=device.type == 'cuda')
 
     # -------------------------------------------------------------------------------------- the training loop
     for step, (images, tokens) in enumerate(run.read(bar), first_step):
         logging = (step + 1) % cfg.log_every == 0 or step + 1 == cfg.steps
-        clock = data.Clock(device if logging else None)
+        run.lap_ms()
         x = images.to(device, non_blocking=True).float() / 255  # [b, 3, S, S], this rank's part of the batch
         tokens = tokens.to(device, non_blocking=True)
         eps, alpha, k = attack_at(cfg, step)
@@ -368,8 +369,7 @@ def main(cfg: Config, given: set[str]) -> None:
                 features = model(images)
             return info_nce(gather(features), text, scale)
 
-        # 2. Attack the images: the maximisation over δ. Every rank perturbs its own, against everybody's
-        # negatives.
+        # 2. Attack the images: the maximisation over δ. Each rank perturbs its own, against all negatives.
         x_adv = x
         with frozen(model.visual):
             if k > 0:
@@ -377,10 +377,10 @@ def main(cfg: Config, given: set[str]) -> None:
                 noise = [data.generator(cfg.seed, 'start', first + i) for i in range(len(x))]
                 x_adv = attacks.pgd(loss_of, x, eps, alpha, k, attacks.random_start(x, eps, noise))
                 attacks.check(x, x_adv, eps)
-            attack_ms = clock.lap_ms()
+            attack_ms = run.lap_ms()
             with torch.no_grad():
                 loss_clean = loss_of(x).item() if logging else None
-            clock.lap_ms()  # measuring the clean loss is not training
+            run.lap_ms()  # measuring the clean loss is not training
 
         # 3. Update the weights on the adversarial images only: the minimisation over θ.
         with amp:
@@ -396,7 +396,7 @@ def main(cfg: Config, given: set[str]) -> None:
         optimizer.zero_grad()
         with torch.no_grad():
             model.logit_scale.clamp_(max=math.log(100))
-        train_ms = clock.lap_ms()
+        train_ms = run.lap_ms()
 
         # 4. Log, save, and stop when asked to, all ranks at the same step.
         if logging:
@@ -448,7 +448,7 @@ class TextCfg:
     mlp_ratio: float = 4.0
     no_causal_mask: bool = False
     pool_type: Literal['argmax', 'eos', 'last', 'first'] = 'argmax'
-    eos_id: int = 2
+    eos_id: int | Literal[0] = 2
     act_kwargs: dict[Literal['approximate'], Literal['none', 'tanh']] | None = None
     norm_kwargs: dict[Literal['eps'], float] | None = None
     hf_tokenizer_name: str | None = None  # these four: which tokenizer, not which tower
@@ -515,10 +515,8 @@ def suits(value, hint) -> bool:
 
 def from_open_clip(config: dict, where: str) -> tuple[ClipCfg, Preprocess]:
     """Of open_clip_config.json: {'model_cfg', 'preprocess_cfg'}. What would not be obeyed is an error."""
-    if missing := {'model_cfg', 'preprocess_cfg'} - set(config):
-        data.fail(f'{where} has no "{min(missing)}"')
-    cfg = typed(ClipCfg, config['model_cfg'], f'{where}: model_cfg')
-    preprocess = typed(Preprocess, config['preprocess_cfg'], f'{where}: preprocess_cfg')
+    cfg = typed(ClipCfg, config.get('model_cfg'), f'{where}: model_cfg')
+    preprocess = typed(Preprocess, config.get('preprocess_cfg'), f'{where}: preprocess_cfg')
     v, t = cfg.vision_cfg, cfg.text_cfg
     for value, divisor, what in (
         (v.image_size, v.patch_size, 'image size (--size) must be divisible by the patch (--patch)'),
@@ -556,7 +554,7 @@ def build(cfg: Config, given: set[str], pairs: data.Pairs, state: dict | None) -
         with torch.device('meta'):
             model = CLIP(clip_cfg, preprocess)
         data.fill(model, state['model'], f'{cfg.out}/train_state.pt')
-        return model, data.tokenizer_from_text(state['tokenizer'], clip_cfg.text_cfg)
+        return model, data.tokenizer_for(clip_cfg.text_cfg, data.HFTokenizer.from_str(state['tokenizer']))
     brought = 'patch width layers head_width mlp_ratio embed_dim text_width text_layers text_heads'.split()
     brought += ['arch', 'tokenizer', 'vocab_size', 'context'] if cfg.init else []
     if (cfg.init or cfg.arch) and (surplus := sorted(given.intersection(brought))):
@@ -572,17 +570,18 @@ def build(cfg: Config, given: set[str], pairs: data.Pairs, state: dict | None) -
         model_cfg['vision_cfg'] |= {'image_size': cfg.size} if 'size' in given else {}
         model_cfg['text_cfg'] |= {'context_length': cfg.context} if 'context' in given else {}
     else:
-        vision = dict(image_size=cfg.size, patch_size=cfg.patch, width=cfg.width, layers=cfg.layers)
-        vision |= dict(head_width=cfg.head_width, mlp_ratio=cfg.mlp_ratio)
-        text = dict(context_length=cfg.context, width=cfg.text_width, heads=cfg.text_heads)
-        text |= dict(layers=cfg.text_layers)
+        vision = VisionCfg(cfg.size, cfg.patch, cfg.width, cfg.layers, cfg.head_width, cfg.mlp_ratio)
+        text = TextCfg(cfg.context, width=cfg.text_width, heads=cfg.text_heads, layers=cfg.text_layers)
         if cfg.tokenizer.endswith('.txt'):  # [CLS] comes last, and is of use only without a causal mask
-            text |= dict(pool_type='last', no_causal_mask=True)
-        model_cfg = dict(embed_dim=cfg.embed_dim, vision_cfg=vision, text_cfg=text)
+            text.pool_type, text.no_causal_mask = 'last', True
+        model_cfg = dataclasses.asdict(ClipCfg(vision, text, cfg.embed_dim))
     clip_cfg, preprocess = from_open_clip({'model_cfg': model_cfg, 'preprocess_cfg': IMAGENET}, 'the model')
     text_cfg = clip_cfg.text_cfg
     if cfg.tokenizer:
-        tokenizer = data.read_tokenizer(cfg.tokenizer, text_cfg.context_length, pool=text_cfg.pool_type)
+        if cfg.tokenizer.endswith('.txt'):
+            text_cfg.tokenizer_mode = 'clips'
+        backend = data.read_tokenizer(Path(cfg.tokenizer), '--tokenizer')
+        tokenizer = data.tokenizer_for(text_cfg, backend)
     else:
         tokenizer = data.train_tokenizer(pairs.captions, text_cfg.context_length, cfg.vocab_size)
     clip_cfg.text_cfg = with_tokenizer(text_cfg, tokenizer)
@@ -676,15 +675,12 @@ def load_clip(path: str | os.PathLike, size: int | None = None, flag: str = '', 
             ours = f'the tokenizer has {tokens.vocab_size} ids and ends a text with {tokens.eos}'
             data.fail(f'{path}: {ours}; the model has {text.vocab_size} and looks for {text.eos_id}')
         cfg.text_cfg = with_tokenizer(text, tokens)
-    if size and size != model.visual.size:
-        data.check_weights(weights, model.state_dict(), str(place))
-        positions = weights['visual.positional_embedding']
-        weights['visual.positional_embedding'] = resize_positions(positions, size // model.visual.patch)
-        cfg.vision_cfg.image_size = size
-        cfg, _ = from_open_clip(open_clip_config(cfg, preprocess), str(place))  # is the size possible?
-        with torch.device('meta'):
-            model = CLIP(cfg, preprocess)
     data.fill(model, weights, str(place))
+    if size and size != model.visual.size:
+        cfg.vision_cfg.image_size = model.visual.size = size
+        from_open_clip(open_clip_config(cfg, preprocess), str(place))  # is the size possible?
+        positions = resize_positions(model.visual.positional_embedding.detach(), size // model.visual.patch)
+        model.visual.positional_embedding = nn.Parameter(positions)
     return model.eval(), tokens
 
 
@@ -698,15 +694,19 @@ def resize_positions(positions: Tensor, grid: int) -> Tensor:
 
 def save_clip(model: CLIP, tokenizer: data.Tokenizer, out: Path) -> None:
     """What open_clip (`local-dir:RUN`), load_clip and, where its CLIP can be this one, transformers read."""
-    weights, files = model.state_dict(), tokenizer.files()
-    files['open_clip_config.json'] = json.dumps(open_clip_config(model.cfg, model.preprocess), indent=2)
+    weights, files, cfg = model.state_dict(), tokenizer.files(), model.cfg
+    files['open_clip_config.json'] = json.dumps(open_clip_config(cfg, model.preprocess), indent=2)
     for name, text in files.items():
         data.write(out / name, text)
     data.write_weights(out / data.OPEN_CLIP_FILES[0], weights)
-    if not not_in_hf(model.cfg, model.preprocess, tokenizer):
+    if not not_in_hf(cfg, model.preprocess, tokenizer):
+        ids = {f'{name}_token_id': getattr(tokenizer, name) for name in ('bos', 'eos', 'pad')}
+        config = {'architectures': ['CLIPModel'], 'model_type': 'clip', 'dtype': 'float32'}
+        config |= {'projection_dim': cfg.embed_dim, 'vision_config': tower_to_hf(cfg.vision_cfg, cfg)}
+        config['text_config'] = tower_to_hf(cfg.text_cfg, cfg) | ids
         how = hf_preprocessor(model.preprocess, model.visual.size, 'CLIPProcessor')
         how = {'preprocessor_config.json': json.dumps(how, indent=2)}
-        data.save_directory(out, hf_config(model.cfg, tokenizer), weights_to_hf(weights), how)
+        data.save_directory(out, config, weights_to_hf(weights), how)
 
 
 # ------------------------------------------------------------------------------ Hugging Face's CLIP: settings
@@ -729,10 +729,10 @@ def tower_from_hf(kind, config: dict, where: str):
         if not suits(config[key], int):
             data.fail(f'{where}: {key} is {config[key]!r}; supported: a whole number')
     width, heads, act = config['hidden_size'], config['num_attention_heads'], config['hidden_act']
-    if width % heads:
-        data.fail(f'{where}: {heads} heads do not divide the width {width}')
     if act not in HF_ACTIVATIONS:
         data.fail(f'{where}: hidden_act is {act!r}; supported: {", ".join(HF_ACTIVATIONS)}')
+    if width % heads:
+        data.fail(f'{where}: {heads} heads do not divide the width {width}')
     cfg = kind(**{ours: config[theirs] for ours, theirs in HF_SETTINGS.items() if hasattr(kind, ours)})
     cfg.mlp_ratio = mlp_ratio(config['intermediate_size'], width)
     cfg.act_kwargs, cfg.norm_kwargs = HF_ACTIVATIONS[act], {'eps': config['layer_norm_eps']}
@@ -753,9 +753,8 @@ def mlp_ratio(hidden: int, width: int) -> float:
 
 def tower_to_hf(cfg: VisionCfg | TextCfg, clip: ClipCfg) -> dict:
     """vision_config or text_config of a CLIPModel; of a LLaVA, too."""
-    vision, act = isinstance(cfg, VisionCfg), 'quick_gelu'
-    if not clip.quick_gelu:
-        act = 'gelu_pytorch_tanh' if (cfg.act_kwargs or {}).get('approximate') == 'tanh' else 'gelu'
+    vision, tanh = isinstance(cfg, VisionCfg), (cfg.act_kwargs or {}).get('approximate') == 'tanh'
+    act = 'quick_gelu' if clip.quick_gelu else 'gelu_pytorch_tanh' if tanh else 'gelu'
     found = {theirs: getattr(cfg, ours) for ours, theirs in HF_SETTINGS.items() if hasattr(cfg, ours)}
     found |= {'num_attention_heads': cfg.width // cfg.head_width if vision else cfg.heads, 'hidden_act': act}
     found |= {'intermediate_size': int(cfg.width * cfg.mlp_ratio), 'layer_norm_eps': layer_norm_eps(cfg)}
@@ -775,15 +774,6 @@ def not_in_hf(cfg: ClipCfg, preprocess: Preprocess, tokenizer: data.Tokenizer | 
         reasons[f'the text is pooled at the {t.pool_type} token'] = t.pool_type in ('first', 'last')
         reasons['the end of the text has the id 2, which means something else there'] = tokenizer.eos == 2
     return [reason for reason, holds in reasons.items() if holds]
-
-
-def hf_config(cfg: ClipCfg, tokenizer: data.Tokenizer) -> dict:
-    """config.json of a CLIPModel."""
-    ids = {f'{name}_token_id': getattr(tokenizer, name) for name in ('bos', 'eos', 'pad')}
-    towers = {'vision_config': tower_to_hf(cfg.vision_cfg, cfg)}
-    towers['text_config'] = tower_to_hf(cfg.text_cfg, cfg) | ids
-    kind = {'architectures': ['CLIPModel'], 'model_type': 'clip', 'dtype': 'float32'}
-    return {**kind, 'projection_dim': cfg.embed_dim, **towers}
 
 
 def hf_preprocessor(how: Preprocess, size: int, processor: str, pad: bool = False) -> dict:
@@ -839,7 +829,7 @@ def from_hf_directory(place: Path) -> tuple[ClipCfg, Preprocess]:
 
 
 # ------------------------------------------------------------------------------- Hugging Face's CLIP: weights
-HF_NAMES = {  # how a name of ours begins: theirs, after `vision_model.` or `text_model.`
+HF_NAMES = {  # a part of a name of ours: theirs, after `vision_model.` or `text_model.`
     'class_embedding': 'embeddings.class_embedding',
     'conv1': 'embeddings.patch_embedding',
     'positional_embedding': 'embeddings.position_embedding.weight',
@@ -849,8 +839,8 @@ HF_NAMES = {  # how a name of ours begins: theirs, after `vision_model.` or `tex
     'ln_final': 'final_layer_norm',
     'transformer.resblocks': 'encoder.layers',
 }
-HF_BLOCK = {'ln_1': 'layer_norm1', 'ln_2': 'layer_norm2', 'attn.out_proj': 'self_attn.out_proj'}
-HF_BLOCK |= {'mlp.c_fc': 'mlp.fc1', 'mlp.c_proj': 'mlp.fc2'}
+HF_NAMES |= {'ln_1': 'layer_norm1', 'ln_2': 'layer_norm2', 'attn.out_proj': 'self_attn.out_proj'}
+HF_NAMES |= {'mlp.c_fc': 'mlp.fc1', 'mlp.c_proj': 'mlp.fc2'}
 HF_TRANSPOSED = {'visual.proj': 'visual_projection.weight', 'text_projection': 'text_projection.weight'}
 
 
@@ -860,10 +850,8 @@ def hf_names(name: str) -> list[str]:
         return [HF_TRANSPOSED.get(name, name)]
     tower = 'vision_model.' if name.startswith('visual.') else 'text_model.'
     name = name.removeprefix('visual.')
-    begin = next(ours for ours in HF_NAMES if name.startswith(ours))
-    name = HF_NAMES[begin] + name[len(begin) :]
-    for ours, theirs in HF_BLOCK.items():
-        name = name.replace(f'.{ours}.', f'.{theirs}.')
+    for ours, theirs in HF_NAMES.items():
+        name = name.replace(ours, theirs, 1)
     parts = 'qkv' if 'attn.in_proj_' in name else 'q'
     return [tower + name.replace('attn.in_proj_', f'self_attn.{part}_proj.') for part in parts]
 
@@ -912,31 +900,29 @@ LOAD = [
     "open_clip.create_model_and_transforms('local-dir:RUN')",
     "transformers.CLIPModel.from_pretrained('RUN')",
 ]
-CARD = """---
+
+
+def card(cfg, what: str, stage: int, header: str, facts: str, load: list[str]) -> str:
+    """A run's model card, of both stages. eval.py adds what it measures to the header, as `model-index`."""
+    name = Path(cfg.out).name
+    calls = ' or '.join(f'`{call.replace("RUN", name)}`' for call in load)
+    return f"""---
 {header}
 - adversarial-robustness
 ---
 
 # {name}
 
-{what}, stage {stage} of [Double Visual Defense](https://arxiv.org/abs/2501.09446), commit {commit}.
+{what}, stage {stage} of [Double Visual Defense](https://arxiv.org/abs/2501.09446), commit {data.commit()}.
 Settings are in `train_config.json`, the course of the training is in `log.jsonl`, measurements in `eval/`.
 
 {facts}
 
-To load it, from the folder that it is in: {load}.
+To load it, from the folder that it is in: {calls}.
 
-Trained at ε = {eps:g}/255 (l∞; 0: without an attack). Of larger perturbations, other norms, other changes
+Trained at ε = {cfg.eps:g}/255 (l∞; 0: without an attack). Of larger perturbations, other norms, other changes
 of an image nothing follows. Robustness is measured with attacks, not proved: a stronger attack can find more.
 """
-
-
-def card(cfg, what: str, stage: int, header: str, facts: str, load: list[str]) -> str:
-    """A run's model card, of both stages. eval.py adds what it measures to the header, as `model-index`."""
-    name, commit = Path(cfg.out).name, data.commit()
-    load = ' or '.join(f'`{call.replace("RUN", name)}`' for call in load)
-    words = dict(name=name, what=what, stage=stage, commit=commit, eps=cfg.eps)
-    return CARD.format(header=header, facts=facts, load=load, **words)
 
 
 if __name__ == '__main__':

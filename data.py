@@ -3,20 +3,19 @@ files of weights, settings from the command line, processes, the run directory. 
 
     pairs = load_pairs('easyvqa', 'train')    # image-text pairs; or a folder with metadata.jsonl
     chats = load_chats('easyvqa', 'train')    # conversations; or a JSON file in LLaVA's format
-    batches = loader(PairDataset(pairs, tokenizer, fit, seed), Order(len(pairs), batch_size, …))
+    batches = loader(PairDataset(pairs, tokenizer, fit, seed), order(len(pairs), batch_size, …))
 
 `python data.py` prints what the easy-VQA captions are derived from. Everything random here is a function of
 (seed, purpose, number of the sample in the stream), never of a rank, a worker or a batch size.
 """
 
 import argparse
+import contextlib
 import ctypes
 import dataclasses
 import fnmatch
 import functools
-import gzip
 import hashlib
-import importlib.util
 import inspect
 import io
 import json
@@ -39,13 +38,15 @@ import numpy as np
 
 if 'OMP_WAIT_POLICY' not in os.environ:  # waiting threads would spin for long and take cores from others
     os.environ.setdefault('GOMP_SPINCOUNT', '1000')
+import jinja2.sandbox
+import sentencepiece
 import torch
 import torch.distributed as dist
 import torchvision
+from huggingface_hub import HfApi, snapshot_download
 from PIL import Image, UnidentifiedImageError
-from safetensors import safe_open
-from safetensors.torch import save_file
-from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from safetensors.torch import load_file, save_file
+from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from tokenizers import Tokenizer as HFTokenizer
 from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as TF
@@ -67,16 +68,22 @@ def fail(message: str) -> typing.NoReturn:
     raise SystemExit(f'error: {message}')
 
 
+@contextlib.contextmanager
+def reading(what: str, expected: str):
+    """An error in here, of whatever kind, ends the program; the message says what was read and expected."""
+    try:
+        yield
+    except Exception as e:  # libraries raise many kinds, bare ones among them
+        fail(f'{what}: {type(e).__name__}: {str(e)[:400]}; expected {expected}')
+
+
 def read_json(path: Path, what: str, kind: type = dict):
     """The content of a JSON file.   what: the flag or the directory that named it, for errors"""
-    try:
+    with reading(f'{what}: cannot read {path}', f'a JSON {"object" if kind is dict else "list"}'):
         content = json.loads(path.read_text(encoding='utf-8'))
-    except (OSError, ValueError) as e:
-        fail(f'{what}: cannot read {path}: {e}')
-    if not isinstance(content, kind):
-        expected = 'object' if kind is dict else 'list'
-        fail(f'{what}: {path} holds {str(content)[:60]!r}; expected a JSON {expected}')
-    return content
+        if not isinstance(content, kind):
+            raise TypeError(f'it holds {str(content)[:60]!r}')
+        return content
 
 
 # ------------------------------------------------------------------------------------------- image-text pairs
@@ -122,50 +129,40 @@ def pair_name(caption: str) -> str:
 
 
 def easyvqa(split: str) -> Pairs:
-    """easy-VQA (MIT): images of one coloured shape; the captions follow from its questions.
+    """easy-VQA (MIT): images of one coloured shape; the captions follow from its questions."""
+    facts, asked, root = easyvqa_split(split)
+    captions, of = [f'a {colour} {shape}' for colour, shape in facts.values()], len({i for *_, i in asked})
+    note = f'easyvqa {split}: {len(facts)} of {of} images have a caption that follows from the questions'
+    return Pairs([root / f'{i}.png' for i in facts], captions, 'shapes', note)
+
+
+def easyvqa_split(split: str) -> tuple[dict[int, tuple[str, str]], list[tuple[str, str, int]], Path]:
+    """({image: (colour, shape)} where these are known, [(question, answer, image)], folder of the images)
 
     val is a tenth of the captioned training images and never trained on, whatever --seed a run has.
     """
-    published = 'test' if split == 'test' else 'train'
-    facts, n_images = easyvqa_facts(published)
-    rows = sorted(facts)
-    if split != 'test':
-        order = torch.randperm(len(rows), generator=generator(0, 'easyvqa val', 0)).tolist()
-        chosen = order[: len(rows) // 10] if split == 'val' else order[len(rows) // 10 :]
-        rows = [rows[i] for i in sorted(chosen)]
-    root = easyvqa_root() / published / 'images'
-    captions = [f'a {facts[i][0]} {facts[i][1]}' for i in rows]
-    note = f'easyvqa: {len(facts)} of {n_images} images have a caption that follows from the questions'
-    files, note = [root / f'{i}.png' for i in rows], f'{note}; {len(rows)} of them are --split {split}'
-    return Pairs(files, captions, 'shapes', note)
-
-
-def easyvqa_root() -> Path:
-    try:
+    with reading('--data easyvqa', 'the package easy-vqa: pip install easy-vqa'):
         import easy_vqa
-    except ImportError:
-        fail('--data easyvqa needs the package easy-vqa: pip install easy-vqa')
-    return Path(easy_vqa.__file__).parent / 'data'
+    published = 'test' if split == 'test' else 'train'
+    asked = list(zip(*getattr(easy_vqa, f'get_{published}_questions')(), strict=True))
+    facts = easyvqa_facts(asked)
+    if split != 'test':
+        images = sorted(facts)
+        order = torch.randperm(len(images), generator=generator(0, 'easyvqa val', 0)).tolist()
+        val = {images[i] for i in order[: len(images) // 10]}
+        facts = {i: fact for i, fact in facts.items() if (i in val) == (split == 'val')}
+        asked = [row for row in asked if (row[2] in val) == (split == 'val')]
+    return facts, asked, Path(easy_vqa.__file__).parent / 'data' / published / 'images'
 
 
-def easyvqa_asked(published: str) -> list[tuple[str, str, int]]:
-    """[(question, answer, image id)] of easy-VQA's own train or test split"""
-    easyvqa_root()  # first, since it says clearly that the package is not there
-    import easy_vqa
-
-    questions = easy_vqa.get_train_questions() if published == 'train' else easy_vqa.get_test_questions()
-    return list(zip(*questions, strict=True))
-
-
-def easyvqa_facts(published: str) -> tuple[dict[int, tuple[str, str]], int]:
-    """{image id: (colour, shape)} where the questions leave one of each; and the number of images.
+def easyvqa_facts(asked: list[tuple[str, str, int]]) -> dict[int, tuple[str, str]]:
+    """{image: (colour, shape)} where the questions leave one of each, by image.
 
     Three ways to know without guessing: a direct answer ("what color is the circle?" "red": red, and a
-    circle); a yes, or the no to a negation ("is there not a circle?" "no"); elimination, when every other
-    value is denied.
+    circle); a yes, or the no to a negation ("is there not a circle?" "no"); a no to all other values.
     """
     possible: dict[int, tuple[set, set]] = {}
-    for question, answer, image in easyvqa_asked(published):
+    for question, answer, image in asked:
         colours, shapes = possible.setdefault(image, (set(COLOURS), set(SHAPES)))
         words = re.findall('[a-z]+', question.lower())
         named = [w for w in words if w in COLOURS or w in SHAPES]
@@ -177,9 +174,8 @@ def easyvqa_facts(published: str) -> tuple[dict[int, tuple[str, str]], int]:
             values = colours if value in COLOURS else shapes
             (values.intersection_update if holds else values.difference_update)({value})
     if broken := [i for i, (c, s) in possible.items() if not c or not s]:
-        raise ValueError(f'{easyvqa_root()}: the questions on image {broken[0]} contradict each other')
-    facts = {i: (*c, *s) for i, (c, s) in possible.items() if len(c) == len(s) == 1}
-    return facts, len(possible)
+        raise ValueError(f'easy-VQA: the questions on image {broken[0]} contradict each other')
+    return {i: (*c, *s) for i, (c, s) in sorted(possible.items()) if len(c) == len(s) == 1}
 
 
 def folder(path: Path, split: str) -> Pairs:
@@ -191,24 +187,18 @@ def folder(path: Path, split: str) -> Pairs:
         fail(f'--data {path}: no such folder (and not the name "easyvqa")')
     root = path / split if (path / split).is_dir() or split != 'train' else path
     table = root / 'metadata.jsonl'
-    expected = 'expected {"file_name": …, "text": …} a line, in UTF-8'
-    try:
+    expected = '{"file_name": …, "text": …} a line, in UTF-8'
+    with reading(f'--data {path}, split {split}: cannot read {table}', expected):
         lines = table.read_text(encoding='utf-8').split('\n')  # splitlines() also cuts at U+2028
-    except (OSError, UnicodeDecodeError) as e:
-        fail(f'--data {path}, split {split}: cannot read {table}: {e}; {expected}')
     files, captions = [], []
     for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            file, caption = root / row['file_name'], row['text'].strip()
-            if not caption or not file.is_file():
-                raise ValueError('the text is empty' if not caption else f'no file {file}')
-        except (ValueError, KeyError, TypeError, AttributeError) as e:
-            fail(f'{table}, line {number}: {type(e).__name__}: {e}; {expected}')
-        files.append(file)
-        captions.append(caption)
+        if line.strip():
+            with reading(f'{table}, line {number}', expected):
+                row = json.loads(line)
+                files.append(root / row['file_name'])
+                captions.append(row['text'].strip())
+                if not captions[-1] or not files[-1].is_file():
+                    raise ValueError('the text is empty' if not captions[-1] else f'no file {files[-1]}')
     return Pairs(files, captions, 'crop', f'{table}: {len(files)} pairs')
 
 
@@ -237,9 +227,14 @@ def load_chats(data: str, split='train', image_root='', captions: bool = False, 
 
     captions (easyvqa): image and sentence, for the projector; else questions, `turns` to a chat, too.
     """
-    if data == 'easyvqa':
-        return easyvqa_captions(split) if captions else easyvqa_chats(split, turns)
-    return llava_json(Path(data), Path(image_root))
+    if data != 'easyvqa':
+        return llava_json(Path(data), Path(image_root))
+    if not captions:
+        return easyvqa_chats(split, turns)
+    facts, _, root = easyvqa_split(split)
+    rows = [(i, sentence) for i, fact in facts.items() for sentence in describe(*fact)]
+    chats = [Chat(root / f'{i}.png', [(IMAGE, sentence)], f'easyvqa, image {i}') for i, sentence in rows]
+    return Chats(chats, 'shapes', f'easyvqa: {len(facts)} images with 5 sentences each')
 
 
 def describe(colour: str, shape: str) -> list[str]:
@@ -253,25 +248,13 @@ def describe(colour: str, shape: str) -> list[str]:
     ]
 
 
-def easyvqa_split(split: str) -> tuple[dict[int, tuple[str, str]], list[tuple[str, str, int]], Path]:
-    """(facts of the captioned images, questions (question, answer, image), folder of the images) of a split.
+def balanced(asked: list[tuple[str, str]]) -> list[int]:
+    """Numbers of yes/no questions, for each text as many yes as no: who never looks is half right.
 
-    val: the images of easyvqa's --split val, which stage 1 has not seen either.
+    asked: (question, answer, …)
     """
-    published = 'test' if split == 'test' else 'train'
-    facts, _ = easyvqa_facts(published)
-    asked = easyvqa_asked(published)
-    if split != 'test':
-        val = {int(file.stem) for file in easyvqa('val').files}
-        facts = {i: fact for i, fact in facts.items() if (i in val) == (split == 'val')}
-        asked = [row for row in asked if (row[2] in val) == (split == 'val')]
-    return facts, asked, easyvqa_root() / published / 'images'
-
-
-def balanced(asked: list[tuple[str, str, int]]) -> list[int]:
-    """Numbers of yes/no questions, for each text as many yes as no: who never looks is half right."""
     of: dict[str, dict[str, list[int]]] = {}
-    for n, (question, answer, _) in enumerate(asked):
+    for n, (question, answer, *_) in enumerate(asked):
         if answer in ('yes', 'no'):
             of.setdefault(question, {'yes': [], 'no': []})[answer].append(n)
     kept = []
@@ -281,13 +264,6 @@ def balanced(asked: list[tuple[str, str, int]]) -> list[int]:
             g = generator(0, f'balanced {text} {answer}', 0)
             kept += [numbers[i] for i in torch.randperm(len(numbers), generator=g).tolist()[:least]]
     return sorted(kept)
-
-
-def easyvqa_captions(split: str) -> Chats:
-    facts, _, root = easyvqa_split(split)
-    rows = [(i, sentence) for i, fact in sorted(facts.items()) for sentence in describe(*fact)]
-    chats = [Chat(root / f'{i}.png', [(IMAGE, sentence)], f'easyvqa, image {i}') for i, sentence in rows]
-    return Chats(chats, 'shapes', f'easyvqa: {len(facts)} images with 5 sentences each')
 
 
 def easyvqa_chats(split: str, turns: int) -> Chats:
@@ -319,13 +295,11 @@ def llava_json(file: Path, image_root: Path) -> Chats:
     rows, chats = read_json(file, f"--data {file} ('easyvqa', or a JSON file in LLaVA's format)", list), []
     if not rows:
         fail(f'--data {file}: no conversation in it')
+    expected = '"conversations": [{"from": "human", "value": …}, {"from": "gpt", "value": …}, …]'
     for number, row in enumerate(rows):
         name = f'{file}, entry {number}'
-        try:
+        with reading(name, f'{{"image": …, {expected}}}'):
             chats.append(llava_chat(row, image_root, f'{name} (id {row.get("id", "none")})'))
-        except (KeyError, TypeError, AttributeError, ValueError) as e:
-            expected = '"conversations": [{"from": "human", "value": …}, {"from": "gpt", "value": …}, …]'
-            fail(f'{name}: {type(e).__name__}: {e}; expected {{"image": …, {expected}}}')
     without = sum(chat.image is None for chat in chats)
     return Chats(chats, '', f'{file}: {len(chats)} conversations, {without} of them without an image')
 
@@ -392,23 +366,18 @@ class Fit:
 def resize(image: Image.Image | Tensor, size: int, interpolation: str, resize_mode: str):
     """To size × size. resize_mode 'shortest' (resize the short side, centre crop), 'squash' (ignore the
     aspect ratio) or 'longest' (resize the long side, pad with black). Takes tensors [..., 3, H, W], too."""
-    mode = {'bilinear': TF.InterpolationMode.BILINEAR, 'bicubic': TF.InterpolationMode.BICUBIC}[interpolation]
-    w, h = image.size if isinstance(image, Image.Image) else (image.shape[-1], image.shape[-2])
-    if resize_mode == 'squash':
-        return TF.resize(image, [size, size], mode)
-    if resize_mode == 'shortest':
-        return TF.center_crop(TF.resize(image, [size], mode), [size, size])
-    if resize_mode == 'longest':
-        scale = size / max(h, w)
-        return TF.center_crop(TF.resize(image, [round(h * scale), round(w * scale)], mode), [size, size])
-    raise ValueError(f'resize_mode {resize_mode!r}: must be shortest, squash or longest')
+    h, w = TF.get_size(image)
+    scale = size / max(h, w)
+    sides = {'shortest': [size], 'squash': [size, size], 'longest': [round(h * scale), round(w * scale)]}
+    if resize_mode not in sides:
+        raise ValueError(f'resize_mode {resize_mode!r}: must be shortest, squash or longest')
+    resized = TF.resize(image, sides[resize_mode], TF.InterpolationMode(interpolation))
+    return TF.center_crop(resized, [size, size])
 
 
 def pad_to_square(image: Image.Image, colour: list[float]) -> Image.Image:
     """The image in the middle of a square of the colour (in [0, 1]), so that nothing is cut off."""
     side = max(image.size)
-    if image.size == (side, side):
-        return image
     square = Image.new('RGB', (side, side), tuple(int(c * 255) for c in colour))
     square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
     return square
@@ -450,31 +419,24 @@ class PairDataset(torch.utils.data.Dataset):
         return image, self.tokenizer([self.pairs.captions[row]])[0]
 
 
-class Order:
+def order(n: int, batch_size: int, steps: range, seed: int, rank: int, world: int):
     """Batch sampler: for each step the rank's share of the global batch, as (row, number of the sample).
 
     The stream is epoch after epoch, each a permutation drawn from (seed, epoch) and used to its last sample;
     step s takes samples s·B … s·B+B−1, rank r the r-th part of them: W ranks see what one process sees.
     """
 
-    def __init__(self, n: int, batch_size: int, steps: range, seed: int, rank: int, world: int):
-        self.n, self.batch_size, self.steps, self.seed = n, batch_size, steps, seed
-        self.share = range(rank * batch_size // world, (rank + 1) * batch_size // world)
+    @functools.lru_cache(2)  # a batch may straddle two epochs
+    def permutation(epoch: int) -> list[int]:
+        return torch.randperm(n, generator=generator(seed, 'epoch', epoch)).tolist()
 
-    def __len__(self) -> int:
-        return len(self.steps)
-
-    def __iter__(self):
-        @functools.lru_cache(2)  # a batch may straddle two epochs
-        def permutation(epoch: int) -> list[int]:
-            return torch.randperm(self.n, generator=generator(self.seed, 'epoch', epoch)).tolist()
-
-        for step in self.steps:
-            numbers = [step * self.batch_size + position for position in self.share]
-            yield [(permutation(number // self.n)[number % self.n], number) for number in numbers]
+    for step in steps:
+        share = range(rank * batch_size // world, (rank + 1) * batch_size // world)
+        numbers = [step * batch_size + position for position in share]
+        yield [(permutation(number // n)[number % n], number) for number in numbers]
 
 
-def loader(dataset, order: Order, workers: int = 0, collate=None):
+def loader(dataset, order, workers: int = 0, collate=None):
     """The dataset's items in that order.   workers: decoding processes; 0 decodes in this one"""
     own = torch.Generator()  # else the loader draws its workers' seeds from the global generator
     how = dict(num_workers=workers, persistent_workers=workers > 0, pin_memory=torch.cuda.is_available())
@@ -510,8 +472,7 @@ class Sample:
     number: int  # of samples since the start of the (sub-stage of) training, for its randomness
 
 
-@dataclass
-class Batch:
+class Batch(typing.NamedTuple):
     """Samples as tensors: token ids padded on the right, and which tokens are to be predicted, from where."""
 
     images: Tensor  # uint8 [m, 3, S, S], of the samples that have one
@@ -523,8 +484,7 @@ class Batch:
     keys: Tensor  # int32 [b]  what the samples' dropout is drawn from
 
     def to(self, device: torch.device) -> 'Batch':
-        moved = (v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for v in vars(self).values())
-        return Batch(*moved)
+        return Batch(*(v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for v in self))
 
 
 def collate(samples: list[Sample], pad: int, seed: int = 0) -> Batch:
@@ -580,34 +540,26 @@ class Prompt:
     def __init__(self, tokenizer: 'LLMTokenizer', style: str, image_tokens: int, max_length: int):
         self.tokenizer, self.style = tokenizer, style
         self.image_tokens, self.max_length = image_tokens, max_length
+        v1 = functools.partial(tokenizer.fill_template, V1_TEMPLATE)
+        self.render = v1 if style == 'v1' else tokenizer.render
         if style == 'chat' and not tokenizer.chat_template:
             raise BadTemplate('is not there')
 
     def text(self, turns: list[tuple[str, str | None]]) -> list[tuple[str, bool]]:
-        """[(text, whether it is to be predicted)]; the answer None is the one to be generated."""
-        bos, eos = self.tokenizer.bos_token or '', self.tokenizer.eos_token
-        if self.style == 'chat':
-            return self.text_of_template(turns)
-        if self.style == 'plain':
-            answer = turns[0][1]
-            return [(bos + IMAGE, False)] + ([(f'{answer}\n', True)] if answer is not None else [])
-        parts = [(f'{bos}{V1_SYSTEM} ', False)]
-        for question, answer in turns:
-            parts.append((f'USER: {question} ASSISTANT:', False))
-            parts += [(f' {answer}{eos}', True)] if answer is not None else []
-        return parts
-
-    def text_of_template(self, turns: list[tuple[str, str | None]]) -> list[tuple[str, bool]]:
-        """What the template puts around an answer is found by leaving the answer out."""
+        """[(text, whether it is to be predicted)]; the answer None is the one to be generated. What a
+        template puts around an answer is found by leaving the answer out."""
         parts, messages, done, eos = [], [], '', self.tokenizer.eos_token
+        if self.style == 'plain':
+            start, answer = (self.tokenizer.bos_token or '') + IMAGE, turns[0][1]
+            return [(start, False)] + ([(f'{answer}\n', True)] if answer is not None else [])
         for question, answer in turns:
             messages.append({'role': 'user', 'content': question})
-            asked = self.tokenizer.render(messages, add_generation_prompt=True)
+            asked = self.render(messages, add_generation_prompt=True)
             parts.append((asked[len(done) :], False))
             if answer is None:
                 break
             messages.append({'role': 'assistant', 'content': answer})
-            done = self.tokenizer.render(messages, add_generation_prompt=False)
+            done = self.render(messages, add_generation_prompt=False)
             if not done.startswith(asked):
                 raise BadTemplate('rewrites what was said before')
             rest = done[len(asked) :]
@@ -707,8 +659,7 @@ def tokenizer_files(backend: HFTokenizer, settings: dict) -> dict[str, str]:
 
 def byte_level_bpe(texts, vocab_size: int, special: list[str], normalizer=None, prefix_space=False):
     bpe = HFTokenizer(models.BPE())
-    if normalizer:
-        bpe.normalizer = normalizer
+    bpe.normalizer = normalizer
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=prefix_space)
     bpe.decoder = decoders.ByteLevel()
     how = dict(vocab_size=vocab_size, special_tokens=special, show_progress=False)
@@ -717,124 +668,64 @@ def byte_level_bpe(texts, vocab_size: int, special: list[str], normalizer=None, 
     return bpe
 
 
-def lower_case_one_space():
-    """Space of any kind and length counts as one, around the text as none."""
-    one_space = [normalizers.Replace(Regex(r'\s+'), ' '), normalizers.Strip()]
-    return normalizers.Sequence([normalizers.NFC(), *one_space, normalizers.Lowercase()])
-
-
 def between(backend: HFTokenizer, start: str, end: str):
     """Puts the start and the end around every text."""
     ids = [(t, backend.token_to_id(t)) for t in (start, end)]
     return processors.TemplateProcessing(single=f'{start} $A {end}', special_tokens=ids)
 
 
-START, END = '<|startoftext|>', '<|endoftext|>'
-
-
 def train_tokenizer(captions: list[str], context: int, vocab_size: int) -> Tokenizer:
     """A byte-level BPE of at most vocab_size entries, lower-cased; <pad> is 0, the end has the highest id."""
-    normalizer = lower_case_one_space()
-    bpe = byte_level_bpe(captions, vocab_size - 1, ['<pad>', START], normalizer, prefix_space=True)
-    bpe.add_special_tokens([END])
-    bpe.post_processor = between(bpe, START, END)
+    start, end = '<|startoftext|>', '<|endoftext|>'
+    space = [normalizers.Replace(Regex(r'\s+'), ' '), normalizers.Strip()]
+    normalizer = normalizers.Sequence([normalizers.NFC(), *space, normalizers.Lowercase()])
+    bpe = byte_level_bpe(captions, vocab_size - 1, ['<pad>', start], normalizer, prefix_space=True)
+    bpe.add_special_tokens([end])
+    bpe.post_processor = between(bpe, start, end)
     return Tokenizer(bpe, context)
 
 
-def read_tokenizer(file: str | Path, context: int, mode: str = 'eot', pool: str = 'argmax') -> Tokenizer:
-    """tokenizer.json; a WordPiece vocab.txt (one entry a line, as BERT and ΔCLIP use; mode 'clips' unless it
-    says otherwise); or CLIP's BPE, bpe_simple_vocab_16e6.txt.gz, or vocab.json beside merges.txt."""
-    file = Path(file)
-    try:
-        if file.name.endswith('.txt.gz'):
-            merges = gzip.decompress(file.read_bytes()).decode('utf-8').split('\n')[1 : 49152 - 256 - 2 + 1]
-            letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-            words = letters + [letter + '</w>' for letter in letters] + [m.replace(' ', '') for m in merges]
-            backend = clip_bpe({word: i for i, word in enumerate([*words, START, END])}, merges)
-        elif file.name == 'vocab.json':
-            merges = file.with_name('merges.txt').read_text(encoding='utf-8').split('\n')[1:]
-            backend = clip_bpe(json.loads(file.read_text(encoding='utf-8')), merges)
-        elif file.suffix == '.txt':
-            words = file.read_text(encoding='utf-8').rstrip('\n').split('\n')
-            backend = wordpiece({word: i for i, word in enumerate(words)})
-            mode = 'clips' if mode == 'eot' else mode
-        else:
-            backend = HFTokenizer.from_file(str(file))
-    except Exception as e:  # tokenizers raises bare Exception for everything, a missing file included
-        fail(f'--tokenizer {file}: {e}; expected a tokenizer.json or a WordPiece vocab.txt')
-    return Tokenizer(backend, context, mode, pool)
+def read_tokenizer(file: Path, what: str = 'the tokenizer') -> HFTokenizer:
+    """tokenizer.json; or vocab.txt, BERT's WordPiece with an entry a line, as ΔCLIP has it."""
+    with reading(f'cannot read {what} {file}', 'a tokenizer.json or a WordPiece vocab.txt'):
+        if file.suffix != '.txt':
+            return HFTokenizer.from_file(str(file))
+        words = file.read_text(encoding='utf-8').rstrip('\n').split('\n')
+    wordpiece = HFTokenizer(models.WordPiece({word: i for i, word in enumerate(words)}, unk_token='[UNK]'))
+    wordpiece.normalizer = normalizers.BertNormalizer(lowercase=True)
+    wordpiece.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    wordpiece.decoder = decoders.WordPiece()
+    if {'[CLS]', '[SEP]'} <= set(words):
+        wordpiece.post_processor = between(wordpiece, '[CLS]', '[SEP]')
+    return wordpiece
 
 
-def wordpiece(vocab: dict[str, int]) -> HFTokenizer:
-    """BERT's, lower-cased."""
-    backend = HFTokenizer(models.WordPiece(vocab, unk_token='[UNK]'))
-    backend.normalizer = normalizers.BertNormalizer(lowercase=True)
-    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    backend.decoder = decoders.WordPiece()
-    if '[CLS]' in vocab and '[SEP]' in vocab:
-        backend.post_processor = between(backend, '[CLS]', '[SEP]')
-    return backend
-
-
-def clip_bpe(vocab: dict[str, int], merges: list[str]) -> HFTokenizer:
-    """OpenAI's byte-level BPE, in which a word ends in </w>."""
-    pairs = [tuple(merge.split()) for merge in merges if merge.strip()]
-    bpe = HFTokenizer(models.BPE(vocab, pairs, end_of_word_suffix='</w>', unk_token=END))
-    bpe.normalizer = lower_case_one_space()
-    words = Regex(r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+")
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    split = pre_tokenizers.Split(words, 'removed', invert=True)
-    bpe.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
-    bpe.decoder = decoders.ByteLevel()
-    bpe.add_special_tokens([START, END])
-    bpe.post_processor = between(bpe, START, END)
-    return bpe
-
-
-CLIP_VOCABULARY = 49408
-TOKENIZER_FILES = ('tokenizer.json', 'vocab.json', 'vocab.txt', 'bpe_simple_vocab_16e6.txt.gz')
+def tokenizer_for(text_cfg, backend: HFTokenizer) -> Tokenizer:
+    """In the layout that text_cfg stands for.   official: CLIP_benchmark/…/open_clip/factory.py"""
+    mode = 'strip_sep_token' if (text_cfg.tokenizer_kwargs or {}).get('strip_sep_token') else 'eot'
+    mode = 'clips' if text_cfg.tokenizer_mode or text_cfg.vocab_path else mode
+    return Tokenizer(backend, text_cfg.context_length, mode, text_cfg.pool_type)
 
 
 def tokenizer_of(place: Path, text_cfg) -> Tokenizer:
     """The tokenizer of an open_clip or Hugging Face directory, as its text_cfg says: in the directory, else
-    of the repository that hf_tokenizer_name names, else CLIP's BPE, which open_clip and the hub have.
-    """
-    named, vocab_path = text_cfg.hf_tokenizer_name, text_cfg.vocab_path
-    names = ([Path(vocab_path).name] if vocab_path else []) + list(TOKENIZER_FILES)
-    for folder in tokenizer_folders(place, named):
-        for file in [folder / name for name in names if (folder / name).is_file()]:
-            if file.name == 'vocab.json' and not file.with_name('merges.txt').is_file():
-                continue
-            mode = tokenizer_mode(text_cfg)
-            tokenizer = read_tokenizer(file, text_cfg.context_length, mode, text_cfg.pool_type)
-            if named or vocab_path or tokenizer.vocab_size == CLIP_VOCABULARY:  # unnamed, it is CLIP's
-                return tokenizer
-    fail(f'{place} has no tokenizer: none of {", ".join(names)}')
+    in the repository that hf_tokenizer_name names; where none is named, open_clip takes CLIP's."""
+    named = text_cfg.hf_tokenizer_name or text_cfg.vocab_path
+    names = [Path(text_cfg.vocab_path or '').name, 'tokenizer.json', 'vocab.txt']
 
+    def found_in(folder: Path) -> HFTokenizer | None:
+        file = next((folder / name for name in names if (folder / name).is_file()), None)
+        backend = read_tokenizer(file) if file else None
+        return backend if named or backend and backend.get_vocab_size() == 49408 else None
 
-def tokenizer_folders(place: Path, named: str | None):
-    """Where to look, one after another."""
-    yield place
-    if named and named != 'tokenizer.json':  # which says that it is in the directory
-        yield fetch(named, f'the tokenizer of {place} is that of {named}, which is not there')
-    elif not named:  # then open_clip takes CLIP's BPE, whatever lies in the directory
-        if found := importlib.util.find_spec('open_clip'):
-            yield Path(found.origin).parent
-        said = f"the tokenizer of {place} is CLIP's BPE, which is not there"
-        yield fetch('openai/clip-vit-base-patch32', said)
-
-
-def tokenizer_mode(text_cfg) -> str:
-    """The layout that text_cfg stands for.   official: CLIP_benchmark/clip_benchmark/open_clip/factory.py"""
-    if text_cfg.tokenizer_mode or text_cfg.vocab_path:
-        return 'clips'
-    return 'strip_sep_token' if (text_cfg.tokenizer_kwargs or {}).get('strip_sep_token') else 'eot'
-
-
-def tokenizer_from_text(text: str, text_cfg) -> Tokenizer:
-    """The content of a tokenizer.json → Tokenizer"""
-    backend, mode = HFTokenizer.from_str(text), tokenizer_mode(text_cfg)
-    return Tokenizer(backend, text_cfg.context_length, mode, text_cfg.pool_type)
+    backend = found_in(place)
+    elsewhere = text_cfg.hf_tokenizer_name if named else 'openai/clip-vit-base-patch32'
+    if backend is None and elsewhere not in (None, 'tokenizer.json'):
+        said = f'the tokenizer of {place} is that of {elsewhere}, which is not in the directory'
+        backend = found_in(fetch(elsewhere, said))
+    if backend is None:
+        fail(f'{place} has no tokenizer: none of {", ".join(filter(None, names))}')
+    return tokenizer_for(text_cfg, backend)
 
 
 # ----------------------------------------------------------------------------- tokenizers, of language models
@@ -855,7 +746,7 @@ class LLMTokenizer:
             if (name == 'eos' or token) and (token is None or backend.token_to_id(token) is None):
                 fail(f'{where}: {name}_token {token!r} is not in the tokenizer; see tokenizer_config.json')
         new = [t for t in (IMAGE, self.pad_token) if backend.token_to_id(t) is None]
-        self.backend.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in new])
+        self.backend.add_special_tokens(new)
         self.bos = backend.token_to_id(self.bos_token) if self.bos_token else None
         self.eos, self.pad, self.image = map(backend.token_to_id, (self.eos_token, self.pad_token, IMAGE))
         self.ends = {self.eos, *ends}
@@ -873,26 +764,25 @@ class LLMTokenizer:
         """The LLM's own chat template.   messages: [{'role': 'user' | 'assistant', 'content': text}]"""
         if self.takes_parts:
             messages = [{**m, 'content': as_parts(m['content'])} for m in messages]
-        return self.fill_template(messages, add_generation_prompt)
+        return self.fill_template(self.chat_template, messages, add_generation_prompt)
 
     @functools.cached_property
     def takes_parts(self) -> bool:
         """Templates of models that see take a list of images and texts, and show nothing of a mere text."""
         for content, parts in (('Is it?', False), (as_parts('Is it?'), True)):
-            if 'Is it?' in self.fill_template([{'role': 'user', 'content': content}], False):
+            asked = [{'role': 'user', 'content': content}]
+            if 'Is it?' in self.fill_template(self.chat_template, asked, False):
                 return parts
         raise BadTemplate('does not show what the user says')
 
-    def fill_template(self, messages: list[dict], add_generation_prompt: bool) -> str:
-        import jinja2
-
+    def fill_template(self, template: str, messages: list[dict], add_generation_prompt: bool) -> str:
         def refuse(message: str):
             raise jinja2.TemplateError(message)
 
         tokens = {'bos_token': self.bos_token or '', 'eos_token': self.eos_token, 'raise_exception': refuse}
         try:
-            template = compiled_template(self.chat_template)
-            return template.render(messages=messages, add_generation_prompt=add_generation_prompt, **tokens)
+            render = compiled_template(template).render
+            return render(messages=messages, add_generation_prompt=add_generation_prompt, **tokens)
         except (jinja2.TemplateError, TypeError) as e:
             raise BadTemplate(f'ends in {type(e).__name__}: {e}') from None
 
@@ -913,30 +803,29 @@ def as_parts(text: str) -> list[dict]:
 @functools.lru_cache(4)
 def compiled_template(template: str):
     """In Jinja's sandbox, since it comes with the weights; the settings are those of transformers."""
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    # transformers' tag around what an assistant says, by which it finds the answers, renders to what is
-    # inside
+    # the tag by which transformers finds what an assistant says renders to what is inside
     template = re.sub(r'\{%(-?)\s*generation\s*(-?)%\}', r'{%\1 if true \2%}', template)
     template = re.sub(r'\{%(-?)\s*endgeneration\s*(-?)%\}', r'{%\1 endif \2%}', template)
-    return ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True).from_string(template)
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    return environment.from_string(template)
 
 
-# The template of the tiny language model: v1 without the system sentence.
+# The template of the tiny language model; and v1, which has the system sentence before it.
 SHORT_TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}USER: {{ m['content'] }} ASSISTANT:"
     "{% else %} {{ m['content'] }}{{ eos_token }}{% endif %}{% endfor %}"
 )
+V1_TEMPLATE = SHORT_TEMPLATE.replace('{{ bos_token }}', '{{ bos_token }}' + V1_SYSTEM + ' ')
 # Before a template that knows mere text: lets it be given a list of images and texts, as transformers does.
-TAKES_PARTS = """{%- set ns = namespace(messages=[], text='') -%}
+TAKES_PARTS = """{%- set ns = namespace(messages=[]) -%}
 {%- for m in messages -%}
-{%- if m['content'] is string -%}{%- set ns.text = m['content'] -%}
-{%- else -%}
-{%- set ns.text = '' -%}
-{%- for p in m['content'] if p['type'] == 'image' -%}{%- set ns.text = ns.text + '<image>\n' -%}{%- endfor -%}
-{%- for p in m['content'] if p['type'] == 'text' -%}{%- set ns.text = ns.text + p['text'] -%}{%- endfor -%}
+{%- set text = m['content'] -%}
+{%- if text is not string -%}
+{%- set images = text | selectattr('type', 'equalto', 'image') | list -%}
+{%- set words = text | selectattr('type', 'equalto', 'text') | map(attribute='text') | join -%}
+{%- set text = '<image>\n' * (images | length) + words -%}
 {%- endif -%}
-{%- set ns.messages = ns.messages + [{'role': m['role'], 'content': ns.text}] -%}
+{%- set ns.messages = ns.messages + [{'role': m['role'], 'content': text}] -%}
 {%- endfor -%}
 {%- set messages = ns.messages -%}
 """
@@ -951,14 +840,11 @@ def train_llm_tokenizer(texts: list[str], vocab_size: int) -> LLMTokenizer:
 def read_llm_tokenizer(place: Path) -> LLMTokenizer:
     """The tokenizer of a Hugging Face directory: tokenizer.json, or sentencepiece's tokenizer.model."""
     settings = {}
-    for name in ('config.json', 'special_tokens_map.json', 'tokenizer_config.json'):
+    for name in ('chat_template.json', 'config.json', 'special_tokens_map.json', 'tokenizer_config.json'):
         if (place / name).is_file():  # the last one counts
             settings |= {k: v for k, v in read_json(place / name, str(place)).items() if v is not None}
     if (place / 'tokenizer.json').is_file():
-        try:
-            backend = HFTokenizer.from_file(str(place / 'tokenizer.json'))
-        except Exception as e:  # tokenizers raises nothing more specific
-            fail(f'cannot read {place / "tokenizer.json"}: {e}')
+        backend = read_tokenizer(place / 'tokenizer.json')
     elif (place / 'tokenizer.model').is_file():
         backend = from_sentencepiece(place / 'tokenizer.model')
     else:
@@ -971,8 +857,6 @@ def read_llm_tokenizer(place: Path) -> LLMTokenizer:
     template = settings.get('chat_template')
     if (place / 'chat_template.jinja').is_file():
         template = (place / 'chat_template.jinja').read_text(encoding='utf-8')
-    elif template is None and (place / 'chat_template.json').is_file():
-        template = read_json(place / 'chat_template.json', str(place)).get('chat_template')
     if isinstance(template, list):  # several, by name
         template = next((t['template'] for t in template if t['name'] == 'default'), None)
     ends = settings.get('eos_token_id', settings.get('text_config', {}).get('eos_token_id', []))  # of a LLaVA
@@ -982,12 +866,8 @@ def read_llm_tokenizer(place: Path) -> LLMTokenizer:
 
 def from_sentencepiece(file: Path) -> HFTokenizer:
     """sentencepiece's BPE (Llama, Vicuna) for the tokenizers library, which knows special tokens."""
-    import sentencepiece
-
-    try:
+    with reading(f'cannot read {file}', "sentencepiece's tokenizer.model"):
         pieces = sentencepiece.SentencePieceProcessor(model_file=str(file))
-    except (OSError, RuntimeError) as e:
-        fail(f'cannot read {file}: {e}')
     n = pieces.get_piece_size()
     vocab = {pieces.id_to_piece(i): i for i in range(n)}
     control = [i for i in range(n) if pieces.is_control(i) or pieces.is_unknown(i)]
@@ -1004,13 +884,13 @@ def from_sentencepiece(file: Path) -> HFTokenizer:
     backend.normalizer = normalizers.Sequence([normalizers.Prepend('▁'), normalizers.Replace(' ', '▁')])
     steps = [decoders.Replace('▁', ' '), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(' ', 1, 0)]
     backend.decoder = decoders.Sequence(steps)
-    names = map(pieces.id_to_piece, control)
-    backend.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in names])
+    backend.add_special_tokens([pieces.id_to_piece(i) for i in control])
     return backend
 
 
 # ------------------------------------------------------------------------------------------- files of weights
-OPEN_CLIP_FILES = ['open_clip_model.safetensors', 'open_clip_pytorch_model.bin']
+OPEN_CLIP_FILES = ['open_clip_model.safetensors', 'open_clip_pytorch_model.safetensors']
+OPEN_CLIP_FILES += ['open_clip_pytorch_model.bin']
 HF_FILES = ['model.safetensors', 'model.safetensors.index.json']
 HF_FILES += ['pytorch_model.bin', 'pytorch_model.bin.index.json']
 
@@ -1039,16 +919,13 @@ def read_weights(place: Path, names: list[str], rename=str) -> dict[str, Tensor]
 
 
 def read_file(file: Path) -> dict[str, Tensor]:
-    try:
+    with reading(f'cannot read {file}', 'weights by their names, and nothing else'):
         if file.suffix == '.safetensors':
-            with safe_open(file, 'pt') as tensors:
-                return {name: tensors.get_tensor(name) for name in tensors.keys()}
+            return load_file(file)
         weights = torch.load(file, map_location='cpu', weights_only=True, mmap=True)  # runs no code
         if not all(isinstance(w, Tensor) for w in weights.values()):
             raise ValueError('it holds more than weights')
         return weights
-    except Exception as e:  # the libraries raise many kinds, bare ones among them
-        fail(f'cannot read {file}: {type(e).__name__}: {str(e)[:300]}')
 
 
 def check_weights(found: dict[str, Tensor], expected: dict[str, Tensor], where: str) -> None:
@@ -1064,14 +941,13 @@ def check_weights(found: dict[str, Tensor], expected: dict[str, Tensor], where: 
         fail(f'{where} is of another architecture:\n  ' + '\n  '.join(wrong))
 
 
-def fill(model: nn.Module, weights: dict[str, Tensor], where: str, but: tuple[str, ...] = ()) -> None:
+def fill(model: nn.Module, weights: dict[str, Tensor], where: str) -> None:
     """Gives every parameter its weight, strictly, as a copy in the parameter's dtype. A model on the meta
-    device comes to life by it: no first weights are drawn, none are held twice.   but: names that need none
-    """
-    ours = {name: w for name, w in model.state_dict().items() if name not in but}
+    device comes to life by it: no first weights are drawn, none are held twice."""
+    ours = model.state_dict()
     check_weights(weights, ours, where)
     new = {name: torch.empty(w.shape, dtype=w.dtype, device='cpu') for name, w in ours.items()}
-    model.load_state_dict({n: w.copy_(weights[n]) for n, w in new.items()}, assign=True, strict=False)
+    model.load_state_dict({n: w.copy_(weights[n]) for n, w in new.items()}, assign=True)
 
 
 def write_weights(file: Path, weights: dict[str, Tensor]) -> None:
@@ -1080,8 +956,7 @@ def write_weights(file: Path, weights: dict[str, Tensor]) -> None:
 
 
 def save_directory(folder: Path, config: dict, weights: dict[str, Tensor], files: dict[str, str]) -> None:
-    """A model as Hugging Face has it. config.json comes last: where it is, the rest is there and belongs to
-    it.   files: of tokenizer and processor"""
+    """A model as Hugging Face has it; config.json is written last.   files: of tokenizer and processor"""
     (folder / 'config.json').unlink(missing_ok=True)
     tied = config.get('tie_word_embeddings')
     kept = {name: w for name, w in weights.items() if not (tied and name.endswith('lm_head.weight'))}
@@ -1098,7 +973,7 @@ def model_type(place: Path) -> str | None:
 
 # ---------------------------------------------------------------------------------------------------- the hub
 SMALL_FILES = ['*.json', '*.jinja', '*.txt', 'tokenizer.model']
-WEIGHTS = [  # the first of these groups that a repository has is fetched
+WEIGHTS = [  # the first of these that a repository has is fetched
     ['adapter_model.*', 'non_lora_trainables.bin'],
     *([name] for name in OPEN_CLIP_FILES),
     ['model.safetensors', 'model-*.safetensors'],
@@ -1122,27 +997,20 @@ def is_id(name: str | os.PathLike) -> bool:
     return bool(fits) and not Path(name).exists() and not Path(name).parent.is_dir()
 
 
-@functools.cache  # a process asks the hub once
+@functools.cache
 def fetch(name: str, said: str, with_weights: bool = False) -> Path:
     """A repository of the hub → the folder it was fetched into (~/.cache/huggingface): its small files and
-    one kind of weights. What is there already is not fetched again; HF_HUB_OFFLINE=1 keeps it from
-    asking.   said: for errors
-    """
-    from huggingface_hub import HfApi, snapshot_download
-
-    try:
+    one kind of weights. Where there is no network, what was fetched before.   said: for errors"""
+    with reading(f'{said}, and fetching {name} from the hub failed', 'its files there, or fetched before'):
         try:
             files = HfApi().list_repo_files(name)
-        except Exception as e:  # the hub's or its transport's, of many kinds: what was fetched before will do
-            try:
+        except Exception:
+            with contextlib.suppress(Exception):
                 return Path(snapshot_download(name, allow_patterns=SMALL_FILES, local_files_only=True))
-            except Exception:
-                raise e from None  # says more than that nothing was fetched before
+            raise  # this one says more than that nothing was fetched before
         groups = WEIGHTS if with_weights else []
         group = next((g for g in groups if any(fnmatch.filter(files, pattern) for pattern in g)), [])
         return Path(snapshot_download(name, allow_patterns=[*SMALL_FILES, *group]))
-    except Exception as e:
-        fail(f'{said}, and fetching {name} from the hub failed: {type(e).__name__}: {str(e)[:300]}')
 
 
 # --------------------------------------------------------------------------------------------------- settings
@@ -1174,13 +1042,11 @@ def start_processes(patience=None) -> tuple[int, int, torch.device]:
     patience: how long a rank waits for the others (a timedelta); default: torch's, minutes.
     """
     keep_freed_memory()
-    if 'RANK' not in os.environ:
-        return 0, 1, torch.device('cuda' if torch.cuda.is_available() else 'cpu')
-    device = torch.device('cpu')
-    if torch.cuda.is_available():
-        device = torch.device('cuda', int(os.environ['LOCAL_RANK']))
-        torch.cuda.set_device(device)
-    if not dist.is_initialized():
+    device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
+    if 'RANK' in os.environ:
+        if device.type == 'cuda':
+            device = torch.device('cuda', int(os.environ['LOCAL_RANK']))
+            torch.cuda.set_device(device)
         dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo', timeout=patience)
     return *rank_and_world(), device
 
@@ -1221,36 +1087,22 @@ def versions() -> dict[str, str]:
     return {'python': platform.python_version(), **found}
 
 
-class Clock:
-    """Milliseconds since the last lap. Waits for a GPU, so it runs on logged steps only (device None: 0)."""
-
-    def __init__(self, device: torch.device | None):
-        self.device, self.last = device, 0.0
-        self.lap_ms()
-
-    def lap_ms(self) -> float:
-        if self.device is None:
-            return 0.0
-        if self.device.type == 'cuda':
-            torch.cuda.synchronize(self.device)
-        before, self.last = self.last, time.perf_counter()
-        return 1000 * (self.last - before)
-
-
 # ---------------------------------------------------------------------------------------------- run directory
 FREE_ON_RESUME = set('out resume workers compile log_every save_every chat'.split())  # change no result
 
 
-def write(path: Path, content) -> None:
+def write(path: Path, content, kept_as: str = '') -> None:
     """Writes beside, fsyncs, renames: a file is the old one or the new one, never half. Disk full: says so.
 
-    content: a text, or a function that is given the path to write to
+    content: a text, or a function that is given the path to write to.  kept_as: name for the old file
     """
     beside = path.with_name(path.name + '.tmp')
     try:
         beside.write_text(content, encoding='utf-8') if isinstance(content, str) else content(beside)
         with open(beside, 'rb') as file:
             os.fsync(file.fileno())
+        if kept_as and path.exists():
+            os.replace(path, path.with_name(kept_as))
         os.replace(beside, path)
     except Exception as e:  # torch.save and safetensors raise their own kinds for a full disk
         beside.unlink(missing_ok=True)
@@ -1259,47 +1111,47 @@ def write(path: Path, content) -> None:
 
 def is_run(out: Path) -> bool:
     """Whether our training wrote what is there."""
-    file = out / 'train_config.json'
-    return file.is_file() and {'config', 'commit', 'versions', 'processes'} <= set(read_json(file, str(out)))
+    try:
+        keys = set(json.loads((out / 'train_config.json').read_text(encoding='utf-8')))
+        return {'config', 'commit', 'versions', 'processes'} <= keys
+    except (OSError, ValueError, TypeError):  # none is there, or somebody else's
+        return False
 
 
 def updates_of(out: Path) -> int | None:
-    """The update that a run's checkpoint, and so what is derived from it, is of."""
-    file = out / 'train_state.pt'
-    return torch.load(file, weights_only=True, mmap=True)['step'] if file.is_file() else None
+    """How many updates the model that a run exported has had."""
+    return read_json(out / 'train_config.json', str(out)).get('updates')
 
 
 def open_run(cfg, given: set[str]) -> tuple[dict | None, object]:
     """(the state to resume or None, the configuration that holds). An --out that is neither empty nor a run
     to --resume is refused; a run goes on with its own settings. Changes nothing on the disk."""
-    state, cfg = state_and_settings(cfg, given)
-    first, *others = gather_objects((state and state['step'], dataclasses.asdict(cfg)))
-    if any(theirs != first for theirs in others):  # without a file system that all ranks share
-        fail(f'--out {cfg.out}: the ranks found different checkpoints or settings there')
-    return state, cfg
-
-
-def state_and_settings(cfg, given: set[str]) -> tuple[dict | None, object]:
-    out, fields = Path(cfg.out), {f.name for f in dataclasses.fields(cfg)}
+    out, state, old = Path(cfg.out), None, {}
     restarted = int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)) > 0  # by torchrun: goes on
-    if not out.exists() or out.is_dir() and not any(out.iterdir()):
-        return None, dataclasses.replace(cfg, resume=False)
-    if not is_run(out):
-        fail(f'--out {out} is not empty and holds no run: give another --out')
-    if not (cfg.resume or restarted):
-        fail(f'--out {out} holds a run: continue it with --resume, or give another --out')
-    state = load_state(out)
-    if state is None and any((out / name).exists() for name in (OPEN_CLIP_FILES[0], HF_FILES[0])):
-        fail(f'--resume: --out {out} holds a model but no train_state.pt to go on from; give another --out')
-    old = state['config'] if state else read_json(out / 'train_config.json', f'--out {out}')['config']
+    if out.is_dir() and any(out.iterdir()) or out.is_file():
+        if not is_run(out):
+            fail(f'--out {out} is not empty and holds no run: give another --out')
+        if not (cfg.resume or restarted):
+            fail(f'--out {out} holds a run: continue it with --resume, or give another --out')
+        state = load_state(out)
+        if state is None and any((out / name).exists() for name in (OPEN_CLIP_FILES[0], HF_FILES[0])):
+            fail(f'--out {out} holds a model but no train_state.pt to go on from: give another --out')
+        old = state['config'] if state else read_json(out / 'train_config.json', f'--out {out}')['config']
+    fields = {f.name for f in dataclasses.fields(cfg)}
     if unknown := sorted(set(old) - fields):
-        fail(f'--resume: the run in {out} is not of this stage (it has --{", --".join(unknown[:3])})')
-    for name in (given if cfg.resume else fields) - FREE_ON_RESUME:  # restarted: it is this very run
-        if name in old and getattr(cfg, name) not in (old[name], None):
+        theirs = f'--{", --".join(unknown[:3])}'
+        fail(f'--resume: the run in {out} is not of this stage, or not of this version (it has {theirs})')
+    for name in (given if cfg.resume else fields) & set(old) - FREE_ON_RESUME:  # restarted: it is this run
+        if getattr(cfg, name) not in (old[name], None):
             theirs = f'the run in {out} has {old[name]}; leave the flag out to continue it'
             fail(f'--{name} {getattr(cfg, name)}: {theirs}')
     kept = {name: value for name, value in old.items() if name not in given | {'out', 'resume'}}
-    return state, dataclasses.replace(cfg, **kept, resume=False)
+    cfg = dataclasses.replace(cfg, **kept, resume=False)
+    settings = {name: v for name, v in dataclasses.asdict(cfg).items() if name not in FREE_ON_RESUME}
+    first, *others = gather_objects((state and state['step'], settings))
+    if any(theirs != first for theirs in others):  # without a file system that all ranks share
+        fail(f'--out {out}: the ranks found different checkpoints or settings there')
+    return state, cfg
 
 
 def load_state(out: Path) -> dict | None:
@@ -1317,14 +1169,12 @@ def load_state(out: Path) -> dict | None:
         fail(f'{"; ".join(broken)}: nothing is left to resume; start again in another --out')
 
 
-def write_settings(cfg) -> dict:
-    """train_config.json, by which a folder is known to be a run."""
+def write_settings(cfg, updates: int = 0) -> dict:
+    """train_config.json, by which a folder is known to be a run.   updates: of the model exported there"""
     about = {'config': dataclasses.asdict(cfg), 'commit': commit(), 'versions': versions()}
-    about['processes'] = rank_and_world()[1]
-    try:
+    about |= {'processes': rank_and_world()[1], 'updates': updates}
+    with reading(f'--out {cfg.out}', 'a folder that can be made'):
         Path(cfg.out).mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        fail(f'--out {cfg.out}: {e}')
     write(Path(cfg.out) / 'train_config.json', json.dumps(about, indent=2))
     return about
 
@@ -1339,7 +1189,7 @@ class Run:
         self.cfg, self.steps, self.device = cfg, steps, device
         self.out, self.saved_step, self.started, self.signal = Path(cfg.out), first_step, time.time(), 0
         self.rank, self.world = rank_and_world()
-        self.last_log = (self.started, first_step)
+        self.last_log, self.last_lap = (self.started, first_step), 0.0
         self.handlers = {n: signal.signal(n, self.on_signal) for n in (signal.SIGINT, signal.SIGTERM)}
         if self.rank > 0:
             return
@@ -1357,6 +1207,13 @@ class Run:
         """A progress bar around them; in a file, no line for each update."""
         how = dict(disable=self.rank > 0, smoothing=0.05, mininterval=0.5 if sys.stderr.isatty() else 30)
         return tqdm(batches, initial=done, total=total, desc=name, **how)
+
+    def lap_ms(self) -> float:
+        """Milliseconds since the last lap. Waits for a GPU, as every update does to see its loss."""
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        before, self.last_lap = self.last_lap, time.perf_counter()
+        return 1000 * (self.last_lap - before)
 
     def log(self, step: int, samples: int, bar, **row) -> None:
         """One line in log.jsonl; README says what the quantities mean.   samples: to an update"""
@@ -1380,11 +1237,8 @@ class Run:
         if self.rank > 0:
             return
         state = {'step': step, 'config': dataclasses.asdict(self.cfg), **state}
-        file, new = self.out / 'train_state.pt', self.out / 'new_train_state.pt'
-        write(new, lambda beside: torch.save(state, beside))
-        if file.exists():
-            os.replace(file, self.out / 'previous_train_state.pt')
-        os.replace(new, file)
+        file, previous = self.out / 'train_state.pt', 'previous_train_state.pt'
+        write(file, lambda beside: torch.save(state, beside), kept_as=previous)
 
     def write_card(self, text: str) -> None:
         """Once: what is written into it afterwards, by eval.py or by hand, stays."""
@@ -1404,7 +1258,7 @@ class Run:
             fail(f'{said}; stopped, {self.kept()}. Replace the image, then --resume')
 
     def stop_if_not_finite(self, step: int, loss: float, grad_norm: float) -> None:
-        if not (math.isfinite(loss) and math.isfinite(grad_norm)):  # the same on all ranks
+        if not math.isfinite(grad_norm):  # the same on all ranks
             said = f'the loss is {loss:g} and the gradient norm {grad_norm:g}; stopped, {self.kept()}'
             fail(f'update {step + 1}: {said}. Try a lower --lr or a longer --warmup')
 

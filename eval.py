@@ -16,7 +16,7 @@ and the results in a run's card are made of rows. Those about a run of ours are 
 """
 
 import argparse
-import contextlib
+import fcntl
 import hashlib
 import inspect
 import io
@@ -35,9 +35,11 @@ from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from statistics import stdev
+from statistics import fmean, stdev
 from types import SimpleNamespace
-from typing import Callable
+from typing import Callable, NamedTuple
+
+import data  # before torch: it says how threads wait
 
 import torch
 import torch.distributed as dist
@@ -46,12 +48,10 @@ import torchvision
 from huggingface_hub import EvalResult, ModelCard
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
-from torchvision.datasets.folder import IMG_EXTENSIONS
 from tqdm import tqdm
 
 import attacks
 import clip_adv
-import data
 import llava_adv
 
 PGD_STEPS, PGD_RESTARTS = 50, 2
@@ -103,8 +103,7 @@ def draw(items: list, n: int, seed: int) -> list:
 
 
 # ------------------------------------------------------------------------------------------ rows and outcomes
-@dataclass
-class Report:
+class Report(NamedTuple):
     """What a command hands back. All that is shown and kept is made of the rows."""
 
     rows: list[dict]
@@ -127,16 +126,12 @@ def row(common: dict, name: str, values: list | float, n: int = 0) -> dict:
     value: a fraction (CIDEr: 0 … 10).  stderr: √(p(1−p)/n) of shares, else of the mean; None of a figure."""
     value, error = values, None
     if isinstance(values, list):
-        n, value = len(values), mean(values)
+        n, value = len(values), fmean(values)
         if set(values) <= {0, 1}:
             error = math.sqrt(value * (1 - value) / n)
         elif n > 1:
             error = stdev(values) / math.sqrt(n)
     return {**dict.fromkeys(COLUMNS), **common, 'n': n, 'measure': name, 'value': value, 'stderr': error}
-
-
-def mean(values: list[float]) -> float:
-    return sum(values) / len(values)
 
 
 # ======================================================================================== a CLIP under attack
@@ -177,8 +172,7 @@ class Classifier:
         return 100 * self.embed(x) @ self.text.T
 
 
-@dataclass
-class Images:
+class Images(NamedTuple):
     """Some images of one shape, which are judged and attacked together."""
 
     numbers: list[int]  # in their data set: what is random about an image is drawn from its number
@@ -293,7 +287,7 @@ def zeroshot_rows(common: dict, labels: list[int], ahead: list[int]) -> list[dic
     return [
         row(common, 'accuracy', [k == 0 for k in ahead]),
         row(common, 'top-5 accuracy', [k < 5 for k in ahead]),
-        row(common, 'mean per-class recall', mean([mean(hits) for hits in of_class]), len(labels)),
+        row(common, 'mean per-class recall', fmean(map(fmean, of_class)), len(labels)),
     ]
 
 
@@ -302,7 +296,7 @@ def average(rows: list[dict]) -> list[dict]:
     found = []
     for key in dict.fromkeys((r['measure'], r['eps']) for r in rows):
         of = [r for r in rows if (r['measure'], r['eps']) == key]
-        errors, value, n = [r['stderr'] for r in of], mean([r['value'] for r in of]), sum(r['n'] for r in of)
+        errors, value, n = [r['stderr'] for r in of], fmean(r['value'] for r in of), sum(r['n'] for r in of)
         error = None if None in errors else math.hypot(*errors) / len(of)
         found.append({**of[0], 'data': 'average', 'n': n, 'value': value, 'stderr': error, 'classes': None})
     return found
@@ -310,10 +304,8 @@ def average(rows: list[dict]) -> list[dict]:
 
 def load_set(name: str, args) -> 'ClassSet':
     read = partial(class_set, name, args.split, args.root, args.download, args.classnames, args.templates)
-    if not args.download or args.world == 1:
-        return read()
     images = read() if args.rank == 0 else None  # rank 0 fetches it, the others find it
-    dist.barrier()
+    data.gather_objects(None)
     return images or read()
 
 
@@ -396,16 +388,15 @@ class Typographic(ZeroShot):
     """For `measure`: a wrong name on the image.   outcome: (its class, what is written, what is seen)"""
 
     def load(self, numbers: list[int]) -> list[tuple]:
-        found = [(i, *self.images.item(i)) for i in numbers]
-        wrong = [another_class(self.images, i, right, self.args.seed) for i, _, right in found]
-        return [(*each, other) for each, other in zip(found, wrong)]
+        return [(i, *self.images.item(i)) for i in numbers]
 
     def judge(self, loaded: list[tuple], height: float) -> dict[int, tuple]:
         found = {}
         for part in chunks(loaded, self.args.batch_size):
-            drawn = [written(image, self.images.classes[wrong], height) for _, image, _, wrong in part]
+            wrong = [another_class(self.images, i, right, self.args.seed) for i, _, right in part]
+            drawn = [written(image, self.images.classes[w], height) for (_, image, _), w in zip(part, wrong)]
             seen = self.classifier(torch.stack([self.classifier.pixels(image) for image in drawn])).argmax(1)
-            found |= {i: (right, wrong, s) for (i, _, right, wrong), s in zip(part, seen.tolist())}
+            found |= {i: (right, w, s) for (i, _, right), w, s in zip(part, wrong, seen.tolist())}
         return found
 
 
@@ -515,18 +506,16 @@ class Answerer:
 
     def __init__(self, path: str, device: torch.device, max_new: int, batch_size: int, style: str = ''):
         self.device, self.max_new, self.batch_size = device, max_new, batch_size
-        self.blind = not llava_adv.is_llava(path) and data.model_type(data.locate(path)) not in (None, 'clip')
+        kind = 'llava' if llava_adv.is_llava(path, '') else data.model_type(data.locate(path))
+        self.blind = kind not in (None, 'clip', 'llava')
+        load = llava_adv.load_llm if self.blind else llava_adv.load_llava
+        model, self.tokenizer = load(path, torch.float32)
+        self.model = model.to(device).requires_grad_(False)
         if self.blind:  # it is shown nothing: the "no image" row
-            llm, self.tokenizer = llava_adv.load_llm(path, torch.float32)
-            llm.to(device).requires_grad_(False)
-            self.model = SimpleNamespace(llm=llm, embed=lambda images, ids: llm.model.embed_tokens(ids))
-        else:
-            self.model, self.tokenizer = llava_adv.load_llava(path)
-            self.model.to(device).requires_grad_(False)
-            style = style or self.model.style
-        image_tokens = 0 if self.blind else self.model.image_tokens
-        style = data.prompt_style(style, self.tokenizer)
-        self.prompt = data.Prompt(self.tokenizer, style, image_tokens, max_length=1 << 30)
+            nothing = {'embed': lambda images, ids: model.model.embed_tokens(ids), 'image_tokens': 0}
+            self.model = SimpleNamespace(llm=model, style='', **nothing)
+        style = data.prompt_style(style or self.model.style, self.tokenizer)
+        self.prompt = data.Prompt(self.tokenizer, style, self.model.image_tokens, max_length=1 << 30)
 
     def pixels(self, file: Path) -> Tensor:
         """→ float32 [3, S, S] in [0, 1]: the pixels that the attack may change"""
@@ -569,12 +558,11 @@ class Attacked:
         way, text = rounds[number] if number < len(rounds) else ('', '')
         if way not in kinds:
             return False
-        self.start, named = self.image if way == 'again' else self.clean, text is not None
-        way, text = self.driven_from if way == 'again' else (way, text)
-        self.goal = (way, self.text if text is None else text)
+        self.start = self.image if way == 'again' else self.clean
+        self.goal = self.driven_from if way == 'again' else (way, self.text if text is None else text)
         self.sample = data.Sample(None, *model.ids(self.question.text, self.goal[1]), 0)
         self.watched = model.watched(self.question.text, self.text, self.sample)
-        return named or self.goal not in rounds
+        return text is not None or self.goal not in rounds
 
     def take(self, image: Tensor, text: str) -> None:
         """What a round found, if it is worse. Of equals the first stays: of the most frequent reference."""
@@ -683,8 +671,9 @@ def vqa(args) -> Report:
     questions = vqa_set(args.data[0], args.split, args.annotations, args.image_root)
     groups = {'all': list(range(len(questions)))}
     if args.data[0] == 'easyvqa':
+        balanced = data.balanced([(q.text, *q.answers) for q in questions])
         what = [i for i, q in enumerate(questions) if q.answers[0] not in ('yes', 'no')]
-        groups = {'what': what, 'yes/no, balanced': balanced(questions), **groups}
+        groups = {'what': what, 'yes/no, balanced': balanced, **groups}
     asked = args.questions or ['what', 'yes/no', 'all']
     groups = {name: numbers for name, numbers in groups.items() if name.split(',')[0] in asked}
     if not groups:
@@ -748,16 +737,13 @@ def targeted(args, images: list['Question']) -> Report:
             common = about(args, path, eps, sentence=sentence)
             rows.append(row(common, 'forced', [of[i][1] == 0 for i in numbers]))
             outcomes.append({**common, 'captions': {q.name: of[i][0] for i, q in enumerate(images)}})
-        if args.grid and len(found) > 1:
-            x = data.TF.pil_to_tensor(data.read_image(images[0].image)) / 255
-            lines.append([(x, f'{Path(path).name}: {found[0.0][0][0]}')])
+        if args.grid and args.rank == 0 and len(found) > 1:
+            lines.append([(first[0.0], f'{Path(path).name}: {found[0.0][0][0]}')])
             for eps in args.eps:
-                lines[-1] += changed(first[0.0], first[eps], eps, found[eps][0][0]) if args.rank == 0 else []
-    if lines and args.rank == 0:
+                lines[-1] += changed(first[0.0], first[eps], eps, found[eps][0][0])
+    if lines:
         pictures(Path(args.grid), lines, 'targeted captions')
-    title = (
-        f'forced sentences, in %, split {args.split}, n = {len(images)}; APGD {args.iterations}, ε in 1/255'
-    )
+    title = f'forced texts in %, split {args.split}, n = {len(images)}; APGD {args.iterations}, ε in 1/255'
     return Report(rows, outcomes, title, ['model', 'sentence'], 'eps')
 
 
@@ -823,7 +809,7 @@ class Audit:
         begin, size = self.starts(eps, 'rises'), self.args.batch_size
         parts = zip(self.rows.split(size), begin.split(size))
         end = torch.cat([climb(self.classifier, self.images, rows, eps, start) for rows, start in parts])
-        fell = self.share(self.margins(end) <= self.margins(begin))
+        fell = self.share(attacks.margin(self.logits(end), y) <= attacks.margin(self.logits(begin), y))
         figure = f'PGD leaves {p(fell)} % of the images below their start'
         yield 'attack raises the loss', fell <= slack, figure
 
@@ -870,9 +856,6 @@ class Audit:
     def correct(self, x: Tensor, y: Tensor) -> Tensor:
         return self.logits(x).argmax(1) == y
 
-    def margins(self, x: Tensor) -> Tensor:
-        return attacks.margin(self.logits(x), self.y)
-
     def noise(self, purpose: str, row: int) -> torch.Generator:
         return data.generator(self.args.seed, f'audit {purpose}', self.images.numbers[row])
 
@@ -898,7 +881,8 @@ class Audit:
         draws = [self.noise('direction', row) for row in range(len(self.x))]
         v = torch.stack([torch.rand(self.x.shape[1:], generator=g) for g in draws]).to(self.x) * 2 - 1
         slope = (self.gradient(attacks.margin, at) * v).flatten(1).sum(1)
-        measured = (self.margins(at + h * v) - self.margins(at - h * v)) / (2 * h)
+        ahead, behind = (attacks.margin(self.logits(at + step * v), self.y) for step in (h, -h))
+        measured = (ahead - behind) / (2 * h)
         error = (slope - measured).abs() / torch.maximum(slope.abs(), measured.abs()).clamp(min=1e-12)
         error = torch.where((slope == 0) & (measured == 0), 1.0, error)  # 0 against 0 counts as wrong
         return float(torch.tensor(sum(data.gather_objects(error.tolist()), [])).median())
@@ -955,7 +939,7 @@ def vqa_accuracy(answer: str, references: list[str]) -> float:
     if len(of) == 1:
         return float(said == of[0])
     same = of.count(said)
-    return mean([min(1.0, (same - (r == said)) / min(3, len(of) - 1)) for r in of])
+    return fmean(min(1.0, (same - (r == said)) / min(3, len(of) - 1)) for r in of)
 
 
 def letter_accuracy(answer: str, references: list[str]) -> float:
@@ -1050,10 +1034,8 @@ class ClassSet:
 
 def both(prefixes: str, before: str = '', behind: str = '') -> list[str]:
     """'a photo of' → 'a photo of a {c}.', 'a photo of the {c}.', for each prefix, word before and behind"""
-    found = []
-    for prefix, first, last in itertools.product(*(text.split(',') for text in (prefixes, before, behind))):
-        found += [' '.join(f'{prefix} {a} {first} {{c}} {last}'.split()) + '.' for a in ('a', 'the')]
-    return found
+    parts = itertools.product(*(text.split(',') for text in (prefixes, before, behind)), ('a', 'the'))
+    return [' '.join(f'{prefix} {a} {first} {{c}} {last}'.split()) + '.' for prefix, first, last, a in parts]
 
 
 # The prompts that OpenAI published with CLIP (their notebook and data/prompts.md), ordered by their pattern.
@@ -1118,10 +1100,8 @@ def class_set(name, split='test', root='data', download=False, classnames='', te
 
 
 def read_lines(file: Path, what: str) -> list[str]:
-    try:
+    with data.reading(f'{what}: cannot read {file}', 'a text in UTF-8'):
         lines = [line.strip() for line in file.read_text(encoding='utf-8').rstrip().split('\n')]
-    except (OSError, UnicodeDecodeError) as e:
-        data.fail(f'{what}: cannot read {file}: {e}')
     if '' in lines:
         data.fail(f'{what}: {file} is empty, or has an empty line, {lines.index("") + 1}')
     return lines
@@ -1152,15 +1132,12 @@ class Shards:
         if said.is_file() and (text := said.read_text().strip()) != str(len(tars)):
             data.fail(f'{said} says {text} shards; there are {len(tars)} *.tar')
         for tar in tars:
-            try:
-                with tarfile.open(tar, 'r:') as archive:
-                    for member in filter(tarfile.TarInfo.isfile, archive):
-                        where, slash, file = member.name.rpartition('/')
-                        key, _, ending = file.partition('.')
-                        files = found.setdefault((tar, where + slash + key), {})
-                        files[ending] = member.offset_data, member.size
-            except (tarfile.TarError, OSError) as e:
-                data.fail(f'cannot read the shard {tar}: {e}; fetch it again')
+            with data.reading(f'cannot read {tar}', 'a whole shard'), tarfile.open(tar, 'r:') as archive:
+                for member in filter(tarfile.TarInfo.isfile, archive):
+                    where, slash, file = member.name.rpartition('/')
+                    key, _, ending = file.partition('.')
+                    files = found.setdefault((tar, where + slash + key), {})
+                    files[ending] = member.offset_data, member.size
         self.samples = list(found.items())
 
     def read(self, number: int, endings: tuple[str, ...]) -> tuple[bytes, str]:
@@ -1195,14 +1172,12 @@ def shards(path: Path, split: str, classes: list[str]) -> ClassSet:
 def image_folder(path: Path, split: str, classes: list[str]) -> ClassSet:
     """A folder for each class, in SPLIT/ where there is one; line i of classnames.txt names the i-th"""
     root = path / split if (path / split).is_dir() else path
-    folders = sorted(p for p in root.iterdir() if p.is_dir())
-    found = [[f for f in sorted(p.rglob('*')) if f.suffix.lower() in IMG_EXTENSIONS] for p in folders]
-    if not any(found):
-        data.fail(f'--data {path}, split {split}: neither *.tar nor images in subfolders of {root}')
-    if len(classes) != len(folders):
-        data.fail(f'the class names have {len(classes)} lines; {root} has {len(folders)} folders of images')
-    labels = [i for i, files in enumerate(found) for _ in files]
-    return of_files(sum(found, []), labels, classes, TEMPLATES['imagenet'], f'{root}')
+    with data.reading(f'--data {path}, split {split}', f'*.tar, or images in subfolders of {root}'):
+        found = torchvision.datasets.ImageFolder(root, allow_empty=True)
+        files, labels = zip(*found.samples)
+    if len(classes) != len(found.classes):
+        data.fail(f'class names have {len(classes)} lines; {root} has {len(found.classes)} folders of images')
+    return of_files(files, labels, classes, TEMPLATES['imagenet'], f'{root}')
 
 
 def from_torchvision(name: str, split: str, root: str, download: bool) -> ClassSet:
@@ -1212,23 +1187,18 @@ def from_torchvision(name: str, split: str, root: str, download: bool) -> ClassS
     if download and 'download' not in takes:
         data.fail(f'--download: torchvision cannot fetch {name}; put it into --root {root}')
     settings = {'root': root, 'download': download, 'split': split, 'train': split == 'train'}
-    try:
+    how = '' if download or 'download' not in takes else ' (--download fetches it)'
+    with data.reading(f'--data {name}, --split {split}, --root {root}', f'its files to be there{how}'):
         images = kind(**{key: value for key, value in settings.items() if key in takes})
-    except (RuntimeError, OSError, ValueError, TypeError, ImportError) as e:
-        how = '' if download or 'download' not in takes else ' (--download fetches it)'
-        data.fail(f'--data {name}, --split {split}, --root {root}: {e}{how}')
     classes = [c if isinstance(c, str) else c[0] for c in getattr(images, 'classes', None) or []]
     classes = [c.replace('_', ' ') for c in classes]
     if name == 'EuroSAT':  # AnnualCrop
         classes = [re.sub('(?<=[a-z])(?=[A-Z])', ' ', c).lower() for c in classes]
 
     def item(number: int) -> tuple[Image.Image, int]:
-        try:
+        with data.reading(f"image {number} of torchvision's {name}", 'an image and a class number'):
             image, label = images[number]
             return data.to_rgb(image), int(label)
-        except (OSError, SyntaxError, TypeError, ValueError, AttributeError) as e:
-            expected = 'must decode to an image and a class number'
-            raise data.BadImage(f"image {number} of torchvision's {name}: {e}; {expected}") from None
 
     part = f'split {split}' if {'train', 'split'} & set(takes) else 'all of it'
     note, templates = f'torchvision.datasets.{name}, {part}', TEMPLATES.get(name, TEMPLATES['imagenet'])
@@ -1275,15 +1245,6 @@ class Question:
             data.fail(f'--data: no image {self.image}; see --image_root')
 
 
-@contextlib.contextmanager
-def reading(name: str, expected: str):
-    """Names the file, and what was expected of it, where something is missing or of another type."""
-    try:
-        yield
-    except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError) as e:
-        data.fail(f'--data {name}: {type(e).__name__}: {e}; expected {expected}')
-
-
 def vqa_set(name: str, split: str = 'test', annotations: str = '', image_root: str = '') -> list[Question]:
     """'easyvqa', or a file of questions: VQAv2's (with annotations, the file of answers) or TextVQA's"""
     if name == 'easyvqa':
@@ -1291,7 +1252,7 @@ def vqa_set(name: str, split: str = 'test', annotations: str = '', image_root: s
         rows = [(root / f'{image}.png', text, [answer]) for text, answer, image in asked]
         return [Question(*each, f'{n}', ('maybe', 'Word')) for n, each in enumerate(rows)]
     content, found = data.read_json(Path(name), '--data'), []
-    with reading(name, 'the published file'):
+    with data.reading(f'--data {name}', 'the published file'):
         if 'questions' in content:
             what = f"--data {name}: VQAv2's questions, of which the answers are in --annotations FILE"
             answers = data.read_json(Path(annotations), what)['annotations']
@@ -1315,20 +1276,16 @@ def pope_set(name: str, split: str = 'test', image_root: str = '') -> list[Quest
     """easyvqa's balanced yes/no questions, or a file of POPE"""
     found, other = [], {'yes': ('no',), 'no': ('yes',)}
     if name == 'easyvqa':
-        questions = vqa_set(name, split)
-        return [replace(q, towards=other[q.answers[0]]) for q in (questions[i] for i in balanced(questions))]
-    with reading(name, '{"question_id", "image", "text", "label": "yes" | "no"} a line'):
+        asked = vqa_set(name, split)
+        kept = [asked[i] for i in data.balanced([(q.text, *q.answers) for q in asked])]
+        return [replace(q, towards=other[q.answers[0]]) for q in kept]
+    with data.reading(f'--data {name}', '{"question_id", "image", "text", "label": "yes" | "no"} a line'):
         for q in map(json.loads, filter(str.strip, Path(name).read_text(encoding='utf-8').split('\n'))):
             label, number, image = q['label'].lower(), f'{q["question_id"]}', Path(image_root) / q['image']
             if label not in other:
                 data.fail(f'--data {name}: question {number} has the label {label!r}; must be yes or no')
             found.append(Question(image, q['text'], [label], number, other[label]))
     return found
-
-
-def balanced(questions: list[Question]) -> list[int]:
-    """The yes/no questions of easyvqa, as many with yes as with no for each text."""
-    return data.balanced([(q.text, q.answers[0], q.image) for q in questions])
 
 
 def sqa_set(name: str, split: str = 'test', image_root: str = '') -> list[Question]:
@@ -1340,7 +1297,7 @@ def sqa_set(name: str, split: str = 'test', image_root: str = '') -> list[Questi
     if split not in splits:
         data.fail(f'--split {split}: {folder / "pid_splits.json"} has {", ".join(splits)}')
     for number in splits[split]:
-        with reading(name, f'the published files (problem {number})'):
+        with data.reading(f'--data {name}', f'the published files (problem {number})'):
             p = problems[number]
             letters, hint = 'ABCDEFGHIJ'[: len(p['choices'])], p.get('hint', '').strip() or 'N/A'
             options = ' '.join(f'({letter}) {choice}' for letter, choice in zip(letters, p['choices']))
@@ -1356,10 +1313,10 @@ def reference_set(name: str, split: str = 'test', image_root: str = '') -> list[
     """'easyvqa' (five sentences from two facts), Karpathy's dataset_*.json, or COCO's captions_*.json"""
     if name == 'easyvqa':
         facts, _, root = data.easyvqa_split(split)
-        rows = [(root / f'{i}.png', data.describe(*of), f'{i}', of) for i, of in sorted(facts.items())]
+        rows = [(root / f'{i}.png', data.describe(*of), f'{i}', of) for i, of in facts.items()]
         return [Question(file, data.CAPTION_QUESTION, texts, n, facts=of) for file, texts, n, of in rows]
     content, root, of = data.read_json(Path(name), '--data'), Path(image_root), {}
-    with reading(name, "Karpathy's dataset_*.json or COCO's captions_*.json"):
+    with data.reading(f'--data {name}', "Karpathy's dataset_*.json or COCO's captions_*.json"):
         if 'annotations' in content:
             for a in content['annotations']:
                 of.setdefault(a['image_id'], []).append(a['caption'])
@@ -1476,10 +1433,14 @@ def keep(report: dict, run: Path, args) -> None:
     number = hashlib.blake2b(json.dumps([settings, places]).encode(), digest_size=3).hexdigest()
     try:
         (run / 'eval').mkdir(exist_ok=True)
+        folder = os.open(run, os.O_RDONLY)
+        fcntl.flock(folder, fcntl.LOCK_EX)  # until it is closed
         data.write(run / 'eval' / f'{args.command}_{number}.json', as_json({**report, **own}))
         write_card(run)
+        os.close(folder)
     except (Exception, SystemExit) as e:  # the measurement goes on to --json, and the table is printed
-        print(f'warning: not kept in {run}: {str(e).removeprefix("error: ")}', file=sys.stderr, flush=True)
+        said = str(e).removeprefix('error: ')
+        print(f'warning: not all kept in {run}: {said}', file=sys.stderr, flush=True)
 
 
 def write_card(run: Path) -> None:
@@ -1593,7 +1554,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
                 how['type'] = type(first) if isinstance(first, (int, float)) else str
                 how['choices'] = few if flag == 'attack' else CHOICES.get(flag)
             if isinstance(default, list) or flag == 'data':
-                how['nargs'] = '*'
+                how['nargs'] = '*' if flag in ('eps', 'transfer_from') else '+'
             c.add_argument(f'--{flag}', **how)
     args = parser.parse_args(argv)
     args.dirs = list({os.path.realpath(p): p for p in reversed(args.dirs)}.values())[::-1]  # each once
@@ -1636,8 +1597,8 @@ def main(args: argparse.Namespace) -> int:
     try:
         runs = [p for p in map(Path, args.dirs) if data.is_run(p) and args.command != 'show']
         updates = {run: data.updates_of(run) for run in runs}  # now: a training may save others meanwhile
-        found = args.run(args)
         report = {'command': shlex.join(['python', 'eval.py', *sys.argv[1:]]), 'commit': data.commit()}
+        found = args.run(args)
         report |= {'versions': data.versions(), 'device': str(args.device), 'processes': args.world}
         report |= {'seed': args.seed, 'seconds': time.time() - started}
         report |= {'rows': found.rows, 'outcomes': found.outcomes}

@@ -39,7 +39,6 @@ from typing import Literal
 import data  # before torch: it says how threads wait
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel as DDP
@@ -96,8 +95,7 @@ class Config:
 
 
 # ========================================================================================= the language model
-# A Llama. Parameter names are Hugging Face's; `model.` and `lm_head.` stand before them in their files as
-# here.
+# A Llama. Parameter names are Hugging Face's, with `model.` and `lm_head.` before them as in its files.
 class Linear(nn.Linear):
     """A linear layer that can carry an adapter: W x + α/r · B A dropout(x).   LoRA, arXiv 2106.09685"""
 
@@ -163,10 +161,11 @@ class Attention(nn.Module):
         width, self.head, self.layer = cfg.hidden_size, cfg.head_dim, layer
         heads, kv_heads = cfg.num_attention_heads, cfg.num_key_value_heads
         self.groups = heads // kv_heads  # queries that share a key
-        self.q_proj = Linear(width, heads * self.head, bias=cfg.qkv_bias)
-        self.k_proj = Linear(width, kv_heads * self.head, bias=cfg.qkv_bias)
-        self.v_proj = Linear(width, kv_heads * self.head, bias=cfg.qkv_bias)
-        self.o_proj = Linear(heads * self.head, width, bias=cfg.attention_bias)
+        bias = cfg.attention_bias or cfg.model_type == 'qwen2'  # which has none on o
+        self.q_proj = Linear(width, heads * self.head, bias)
+        self.k_proj = Linear(width, kv_heads * self.head, bias)
+        self.v_proj = Linear(width, kv_heads * self.head, bias)
+        self.o_proj = Linear(heads * self.head, width, bias=cfg.attention_bias and cfg.model_type == 'llama')
 
     def forward(self, x: Tensor, rope, start: int, cache: 'Cache | None', keys: Tensor | None) -> Tensor:
         """[B, T, W] → [B, T − start, W]"""
@@ -291,8 +290,7 @@ class Cache:
 
 # ====================================================================================================== LLaVA
 class LLaVA(nn.Module):
-    """Image tower → projector → among the LLM's tokens, in the place of <image>.   Liu et al. 2023, arXiv
-    2310.03744
+    """Image tower → projector → among the LLM's tokens, in place of <image>.   Liu et al., arXiv 2310.03744
 
     clip_cfg, preprocess: what made the ViT.  style: of the prompt, see data.Prompt; '' if not known.
     pad: whether images are padded to a square (with the mean colour) or cropped.
@@ -355,8 +353,7 @@ def generate(model: LLaVA, images: Tensor, prompts: list[list[int]], max_new: in
     ids = torch.tensor([p + [0] * (longest - len(p)) for p in prompts], device=device)
     x, length = model.embed(images, ids), torch.tensor(lengths, device=device)
     cache = Cache(llm, longest + max_new, torch.arange(longest, device=device).expand(len(prompts), -1), x)
-    # the padding's keys and values lie behind the prompt's end, where nobody looks until an answer takes
-    # their place
+    # the padding's keys and values lie behind the prompt's end, unseen until an answer takes their place
     logits = llm.lm_head(llm(x, cache=cache)[torch.arange(len(prompts)), length - 1]).float()
     answers: list[list[int]] = [[] for _ in prompts]
     going = set(range(len(prompts)))
@@ -400,7 +397,9 @@ def main(cfg: Config, given: set[str]) -> None:
         """What can be derived from the last checkpoint: gigabytes, for a 7B model."""
         if rank == 0 and step == last_step:
             save_llava(model, tokenizer, run.out, cfg.max_length)
-            what = f'A LLaVA from `{cfg.init}` and the language model `{cfg.llm}`'
+            data.write_settings(cfg, step)
+            what = f'A LLaVA from `{cfg.init}`'
+            what += '' if is_llava(cfg.init) else f' and the language model `{cfg.llm}`'
             header = HUB_HEADER.partition('\n')[2] if wrong else HUB_HEADER  # without the library
             run.write_card(clip_adv.card(cfg, what, 2, header, facts, LOAD[bool(wrong) :]))
 
@@ -417,7 +416,9 @@ def main(cfg: Config, given: set[str]) -> None:
         trained = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(groups, weight_decay=cfg.wd, betas=(0.9, 0.999), fused=True)
         if state and run is None:
-            load_trained(model, state['model'], f'{cfg.out}/train_state.pt')
+            ours = {name: w for name, w in model.state_dict().items() if name in state['model']}
+            data.check_weights(state['model'], ours, f'{cfg.out}/train_state.pt')
+            model.load_state_dict(state['model'], strict=False)
             if first_step > begin:  # else it stopped between the sub-stages
                 optimizer.load_state_dict(state['optimizer'])
         step_model = DDP(model, broadcast_buffers=False) if world > 1 else model
@@ -426,7 +427,7 @@ def main(cfg: Config, given: set[str]) -> None:
             export(first_step)
         check_samples(chats, prompt, run)
         done = max(first_step - begin, 0)
-        order = data.Order(len(chats), batch_size, range(done, steps), cfg.seed, rank, world)
+        order = data.order(len(chats), batch_size, range(done, steps), cfg.seed, rank, world)
         samples = data.ChatDataset(chats, prompt, model.fit, cfg.seed)
         loader = data.loader(samples, order, cfg.workers, collate=list)
         bar = run.bar(loader, f'llava_adv {sub}', done, steps)
@@ -434,11 +435,11 @@ def main(cfg: Config, given: set[str]) -> None:
         # ------------------------------------------------------------------------------- the training loop
         for step, samples in enumerate(run.read(bar), begin + done):
             logging = (step + 1 - begin) % cfg.log_every == 0 or step + 1 == end
-            clock, attack_ms, train_ms = data.Clock(device if logging else None), 0.0, 0.0
-            # The loss is that of the whole update: a sum over tokens divided by their number in the global
-            # batch. Means of means would weigh a token by how many others its rank or its micro-batch happens
-            # to hold.
-            tokens = world_sum(sum(sum(s.labels[1:]) for s in samples), device)
+            attack_ms = train_ms = 0.0
+            run.lap_ms()
+            # The loss is that of the whole update: a sum over tokens, by their number in the global batch. A
+            # mean of means would weigh a token by how many others its rank or micro-batch happens to hold.
+            tokens = sum(data.gather_objects(sum(sum(s.labels[1:]) for s in samples)))
             loss_adv, loss_clean = torch.zeros(2, device=device).unbind()
             micro_batch = cfg.micro_batch or len(samples)
             for i in range(0, len(samples), micro_batch):
@@ -447,9 +448,8 @@ def main(cfg: Config, given: set[str]) -> None:
                 x = batch.images.float() / 255  # [m, 3, S, S] in [0, 1]
                 pictured = [s for s in part if s.image is not None]  # text alone has nothing to attack
 
-                # 1. Attack the images: the maximisation over δ, of the answers' cross-entropy. Samples do not
-                # depend on each other, so the sum is the right thing to climb: its gradient is every sample's
-                # own.
+                # 1. Attack the images: the maximisation over δ, of the answers' cross-entropy. Its sum is the
+                # right thing to climb: samples are independent, so the gradient is every sample's own.
                 x_adv = x
                 with clip_adv.frozen(model):
                     if pictured and cfg.eps:
@@ -466,11 +466,11 @@ def main(cfg: Config, given: set[str]) -> None:
                         start = attacks.random_start(x, eps, noise)
                         x_adv = attacks.pgd(loss_of, x, eps, alpha, cfg.k, start)
                         attacks.check(x, x_adv, eps)
-                    attack_ms += clock.lap_ms()
+                    attack_ms += run.lap_ms()
                     if logging:
                         with torch.no_grad(), amp:
                             loss_clean += model(x, batch).sum()
-                    clock.lap_ms()  # measuring the clean loss is not training
+                    run.lap_ms()  # measuring the clean loss is not training
 
                 # 2. Update the weights on the adversarial images only: the minimisation over θ.
                 last = i + micro_batch >= len(samples)
@@ -478,26 +478,28 @@ def main(cfg: Config, given: set[str]) -> None:
                     loss = step_model(x_adv, batch, batch.keys).sum()
                     (loss * world / tokens).backward()  # times W, as DDP averages over the ranks
                 loss_adv += loss.detach()
-                train_ms += clock.lap_ms()
+                train_ms += run.lap_ms()
             grad_norm = nn.utils.clip_grad_norm_(trained, cfg.grad_clip)
             run.stop_if_not_finite(step, loss_adv.item() / tokens, grad_norm.item())
             for group in optimizer.param_groups:
                 group['lr'] = clip_adv.lr_at(group['peak'], step - begin, steps, cfg.warmup)
             optimizer.step()
             optimizer.zero_grad()
-            train_ms += clock.lap_ms()
+            train_ms += run.lap_ms()
 
             # 3. Log, save, and stop when asked to, all ranks at the same step.
             if logging:
-                adv, clean = (world_sum(v.item(), device) / tokens for v in (loss_adv, loss_clean))
+                adv, clean = (sum(data.gather_objects(v.item())) / tokens for v in (loss_adv, loss_clean))
                 row = dict(stage=sub, loss_adv=adv, loss_clean=clean, eps=cfg.eps, alpha=cfg.alpha)
                 row |= dict(k=cfg.k if cfg.eps else 0, lr=optimizer.param_groups[0]['lr'])
-                row |= dict(grad_norm=grad_norm.item(), answer_tokens=int(tokens))
+                row |= dict(grad_norm=grad_norm.item(), answer_tokens=tokens)
                 run.log(step + 1, batch_size, bar, **row, attack_ms=attack_ms, train_ms=train_ms)
             signal = run.asked_to_stop()
             if signal or (step + 1 - begin) % cfg.save_every == 0 or step + 1 == end:
-                weights = {'model': trained_weights(model, whole=sub == 'B' and not cfg.lora_r)}
-                weights |= {'optimizer': optimizer.state_dict(), 'llm': of_llm}
+                whole = sub == 'B' and not cfg.lora_r  # else the LLM's own weights are as they were
+                weights = model.state_dict().items()
+                weights = {n: w for n, w in weights if whole or not n.startswith('llm.') or 'lora_' in n}
+                weights = {'model': weights, 'optimizer': optimizer.state_dict(), 'llm': of_llm}
                 run.save(step + 1, {**weights, **clip_adv.open_clip_config(model.clip_cfg, model.preprocess)})
                 export(step + 1)
             if signal:
@@ -517,16 +519,6 @@ def sub_stages(cfg: Config) -> list[tuple[str, data.Chats, int, int]]:
         chats = data.load_chats(cfg.data, 'train', cfg.image_root, turns=cfg.turns)
         plan.append(('B', chats, cfg.steps_b, cfg.batch_size))
     return [(sub, chats, n if n > 0 else max(1, len(chats) // b), b) for sub, chats, n, b in plan]
-
-
-def world_sum(value: float, device: torch.device) -> float:
-    """Over the ranks."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return value
-    dtype = torch.float32 if device.type == 'cuda' else torch.float64
-    total = torch.tensor(value, dtype=dtype, device=device)
-    dist.all_reduce(total)
-    return total.item()
 
 
 def trainable(model: LLaVA, cfg: Config, sub: str) -> list[dict]:
@@ -561,10 +553,8 @@ def chat(cfg: Config) -> None:
     model.to(device)
     style = data.prompt_style(cfg.prompt or model.style, tokenizer)
     prompt = data.Prompt(tokenizer, style, model.image_tokens, cfg.max_length)
-    try:
+    with data.reading('--chat', 'an image'):
         image = model.fit(data.read_image(Path(cfg.chat)))
-    except data.BadImage as e:
-        data.fail(f'--chat: {e}')
     x, turns = image[None].to(device).float() / 255, []
     print(f'{cfg.init} looks at {cfg.chat}; ask, or end with Ctrl-D')
     while True:
@@ -603,7 +593,15 @@ def build(cfg: Config, state: dict | None, rank: int, device) -> tuple[LLaVA, da
             clip_cfg, preprocess = clip_adv.from_open_clip(state, f'{cfg.out}/train_state.pt')
             with clip_adv.seeded(0):  # the checkpoint has its weights
                 visual = clip_adv.ViT(clip_cfg, preprocess)
-        llm, tokenizer = load_llm(tiny_llm(cfg, rank) if cfg.llm == 'tiny' else cfg.llm, dtype)
+        tiny = Path(cfg.out) / 'llm' if cfg.llm == 'tiny' else None
+        missing = tiny and not (tiny / 'config.json').is_file()  # it is written last
+        if state and missing:
+            data.fail(f'--resume: neither the LLaVA --init {cfg.init} nor {tiny} is there any more')
+        if missing and rank == 0:
+            data.write_settings(cfg)  # from now on --resume knows the run
+            train_tiny_llm(tiny, cfg)
+        data.gather_objects(None)  # the others wait for it
+        llm, tokenizer = load_llm(str(tiny or cfg.llm), dtype)
         with clip_adv.seeded(cfg.seed):
             model = LLaVA(visual, clip_cfg, preprocess, llm, tokenizer.image)
     model.style = data.prompt_style(cfg.prompt or model.style, tokenizer)
@@ -618,23 +616,11 @@ def fingerprint(llm: Llama) -> str:
     return digest.hexdigest()
 
 
-def trained_weights(model: LLaVA, whole: bool) -> dict[str, Tensor]:
-    """Projector, tower, adapters; the LLM's own weights only where they are trained."""
-    weights = model.state_dict().items()
-    return {n: w for n, w in weights if whole or not n.startswith('llm.') or 'lora_' in n}
-
-
-def load_trained(model: LLaVA, weights: dict[str, Tensor], where: str) -> None:
-    ours = model.state_dict()
-    data.check_weights(weights, {n: ours[n] for n in ours if n in weights}, where)
-    model.load_state_dict(weights, strict=False)
-
-
 def check_samples(chats: data.Chats, prompt: data.Prompt, run: data.Run) -> None:
     """Before hours of training: every sample has something to predict, or it is named (see Prompt)."""
     few = run.rank > 0 or len(chats) < 50_000
     mine = tqdm(chats.chats[run.rank :: run.world], desc='checking the samples', disable=few)
-    cut = int(world_sum(sum(prompt.cut(chat)[2] for chat in mine), run.device))
+    cut = sum(data.gather_objects(sum(prompt.cut(chat)[2] for chat in mine)))
     if cut and run.rank == 0:
         said = f'{cut} of {len(chats)} conversations are cut at {prompt.max_length} tokens'
         print(f'warning: {said}; see --max_length')
@@ -664,17 +650,6 @@ def check_config(cfg: Config, given: set[str], world: int) -> None:
 
 
 # ------------------------------------------------------------------------------------ the tiny language model
-def tiny_llm(cfg: Config, rank: int) -> str:
-    """The folder that it is in, trained on the spot where it is not there yet."""
-    folder = Path(cfg.out) / 'llm'
-    if rank == 0 and not (folder / 'config.json').is_file():  # it is written last
-        data.write_settings(cfg)  # from now on --resume knows the run
-        train_tiny_llm(folder, cfg)
-    if dist.is_initialized():
-        dist.barrier()
-    return str(folder)
-
-
 def train_tiny_llm(folder: Path, cfg: Config, steps: int = 800, batch_size: int = 32, lr=1e-3) -> None:
     """A language model of about a million parameters, trained on the text of the training split and on no
     image: the stand-in for a pretrained LLM. To compare what is asked with what is said is hard to learn, so
@@ -706,8 +681,7 @@ def train_tiny_llm(folder: Path, cfg: Config, steps: int = 800, batch_size: int 
         batch = data.collate(samples, tokenizer.pad)
         hidden = llm(llm.model.embed_tokens(batch.ids))[batch.rows, batch.columns]
         loss = F.cross_entropy(llm.lm_head(hidden), batch.targets, reduction='none')
-        # an answer weighs as much as a hundred words of a question: it is what has to be read out of the
-        # description
+        # an answer weighs as much as a hundred words of a question: it is to be read out of the description
         weight = torch.where(batch.ids[batch.rows, batch.columns] == colon, 100.0, 1.0)
         loss = (loss * weight).sum() / weight.sum()
         loss.backward()
@@ -792,10 +766,6 @@ class LlamaCfg:
     model_type: Literal['llama', 'qwen2'] = 'llama'
     use_sliding_window: Literal[False] = False
 
-    @property
-    def qkv_bias(self) -> bool:
-        return self.attention_bias or self.model_type == 'qwen2'  # which has none on o
-
 
 ROPE_NEEDS = {'default': [], 'linear': ['factor']}
 ROPE_NEEDS['llama3'] = ['factor', 'low_freq_factor', 'high_freq_factor', 'original_max_position_embeddings']
@@ -805,8 +775,7 @@ def llama_cfg(config: dict, where: str) -> LlamaCfg:
     given = {f.name: config[f.name] for f in dataclasses.fields(LlamaCfg) if config.get(f.name) is not None}
     rope = dict(config.get('rope_parameters') or config.get('rope_scaling') or {})  # of transformers 5, 4
     given['rope_theta'] = rope.pop('rope_theta', given.get('rope_theta', 10000.0))
-    kind = rope.pop('type', 'default')
-    kind = rope.pop('rope_type', kind)
+    kind = rope.pop('rope_type', rope.pop('type', 'default'))
     if any(key not in rope for key in ROPE_NEEDS.get(kind, [kind])):
         data.fail(f'{where}: rope scaling {kind!r} with {rope}; supported, with what they need: {ROPE_NEEDS}')
     given['rope_scaling'] = None if kind == 'default' else {**rope, 'rope_type': kind}
@@ -832,29 +801,25 @@ def load_llm(path: str, dtype: torch.dtype) -> tuple[Llama, data.LLMTokenizer]:
         config = {**config, 'vocab_size': -(-tokenizer.vocab_size // 64) * 64}  # 64: suits matrix units
     with torch.device('meta'):
         llm = Llama(config, path).to(dtype)
-    fit_vocabulary(weights, llm, rows)
-    data.fill(llm, weights, path, but=tied_names(llm))
+    fit_vocabulary(weights, llm, rows, path)
+    data.fill(llm, weights, path)
     llm.tie()
     return llm.eval(), tokenizer
 
 
-def tied_names(llm: Llama, prefix: str = '') -> list[str]:
-    """Of weights that are no weights of their own."""
-    return [f'{prefix}lm_head.weight'] if llm.cfg.tie_word_embeddings else []
-
-
-def fit_vocabulary(weights: dict[str, Tensor], llm: Llama, rows: int, prefix: str = '') -> None:
-    """New rows of embedding and head are the mean, which no token is likelier than. A head that is tied goes,
-    if it is the embedding.   rows: that the file should have"""
+def fit_vocabulary(weights: dict[str, Tensor], llm: Llama, rows: int, where: str, prefix: str = '') -> None:
+    """Rows that embedding and head lack are their mean, which no token is likelier than; a tied head is the
+    embedding, whether the file has it or not.   rows: that the file should have"""
     names = [f'{prefix}model.embed_tokens.weight', f'{prefix}lm_head.weight']
-    embedding, head = (weights.get(name) for name in names)
-    if tied_names(llm) and head is not None and embedding is not None and torch.equal(head, embedding):
-        del weights[names[1]]
-    new = llm.cfg.vocab_size - rows
     for name in names:
-        if new > 0 and name in weights and len(weights[name]) == rows:
-            w = weights[name].float()
-            weights[name] = torch.cat([w, w.mean(0, keepdim=True).expand(new, -1)])
+        w = weights.get(name)
+        if llm.cfg.vocab_size > rows and w is not None and len(w) == rows and w.is_floating_point():
+            w = w.float()
+            weights[name] = torch.cat([w, w.mean(0, keepdim=True).expand(llm.cfg.vocab_size - rows, -1)])
+    if llm.cfg.tie_word_embeddings and names[0] in weights:
+        embedding = weights[names[0]]
+        if not torch.equal(weights.setdefault(names[1], embedding), embedding):
+            data.fail(f'{where}: tie_word_embeddings is true, but {names[1]} is not the embedding')
 
 
 # ---------------------------------------------------------------------------------------------- LLaVA on disk
@@ -894,7 +859,11 @@ def save_llava(model: LLaVA, tokenizer: data.LLMTokenizer, out: Path, max_length
     how = clip_adv.hf_preprocessor(model.preprocess, model.visual.size, 'LlavaProcessor', model.pad)
     ends = {'bos_token_id': tokenizer.bos, 'pad_token_id': tokenizer.pad}
     ends['eos_token_id'] = sorted(tokenizer.ends)
-    files = tokenizer.files(max_length, chat_template(model, tokenizer))
+    template = data.V1_TEMPLATE if model.style == 'v1' else tokenizer.chat_template
+    if template and not template.startswith(data.TAKES_PARTS):
+        if model.style == 'v1' or not tokenizer.takes_parts:  # transformers gives it a list
+            template = data.TAKES_PARTS + template
+    files = tokenizer.files(max_length, template)
     files['preprocessor_config.json'], files['processor_config.json'] = json.dumps(how), json.dumps(processor)
     files['generation_config.json'] = json.dumps({k: v for k, v in ends.items() if v is not None})
     data.save_directory(out, hf_config(model), weights, files)
@@ -921,21 +890,10 @@ def hf_config(model: LLaVA) -> dict:
     return {**kind, **image, **features, **projector, **towers, **dtype, **more}
 
 
-def chat_template(model: LLaVA, tokenizer: data.LLMTokenizer) -> str | None:
-    """Of what the model was tuned on, for transformers, which gives it images and texts as a list."""
-    template = tokenizer.chat_template
-    if model.style == 'v1':
-        bos = '{{ bos_token }}'
-        template = data.SHORT_TEMPLATE.replace(bos, f'{bos}{data.V1_SYSTEM} ')
-    if not template or template.startswith(data.TAKES_PARTS) or model.style != 'v1' and tokenizer.takes_parts:
-        return template
-    return data.TAKES_PARTS + template
-
-
-def is_llava(path: str) -> bool:
+def is_llava(path: str, flag: str = '--init') -> bool:
     if not Path(path).exists() and not data.is_id(path):
         return False  # who needs it says so: a run that goes on has the tower in its checkpoint
-    place = data.locate(path, '--init')
+    place = data.locate(path, flag)
     return data.model_type(place) == 'llava' or (place / ADAPTERS).is_file()
 
 
@@ -983,11 +941,9 @@ def load_llava(path: str, dtype: torch.dtype = torch.float32) -> tuple[LLaVA, da
         visual = clip_adv.ViT(clip_cfg, preprocess)
         model = LLaVA(visual, clip_cfg, preprocess, llm, image_id, config.get('prompt_style', ''), pad)
     weights = data.read_weights(place, data.HF_FILES, rename=llava_name_of_today)
-    fit_vocabulary(weights, llm, rows, 'language_model.')
-    tied = tied_names(llm, 'llm.')
-    ours = {name: w for name, w in model.state_dict().items() if name not in tied}
+    fit_vocabulary(weights, llm, rows, path, 'language_model.')
     names_of = functools.partial(hf_llava_names, plain_tower=plain)
-    data.fill(model, clip_adv.weights_from_hf(weights, ours, path, names_of), path, but=tied)
+    data.fill(model, clip_adv.weights_from_hf(weights, model.state_dict(), path, names_of), path)
     llm.tie()
     return model.eval(), tokenizer
 
@@ -1022,12 +978,12 @@ def load_adapters(place: Path, dtype: torch.dtype) -> tuple[LLaVA, data.LLMToken
     llm, tokenizer = load_llm(base, dtype)
 
     files = ['adapter_model.safetensors', 'adapter_model.bin']
-    adapters = data.read_weights(place, files, rename=peft_name)
-    named = [(n, m) for n, m in llm.named_modules() if n.rpartition('.')[2] in lora['target_modules']]
-    expected = {}
-    for name, m in named:
-        expected[f'{name}.lora_A.weight'] = torch.empty(r, m.in_features, device='meta')
-        expected[f'{name}.lora_B.weight'] = torch.empty(m.out_features, r, device='meta')
+    under = 'base_model.model.'
+    adapters = data.read_weights(place, files, lambda n: n.removeprefix(under).replace('.default.', '.'))
+    layers = [(n, m) for n, m in llm.named_modules() if isinstance(m, nn.Linear)]
+    named = [(n, m) for n, m in layers if n.rpartition('.')[2] in lora['target_modules']]
+    expected = {f'{n}.lora_A.weight': torch.empty(r, m.in_features, device='meta') for n, m in named}
+    expected |= {f'{n}.lora_B.weight': torch.empty(m.out_features, r, device='meta') for n, m in named}
     data.check_weights(adapters, expected, f'{place}/adapter_model')
     for name, m in named:
         a, b = (adapters[f'{name}.lora_{part}.weight'].float() for part in 'AB')
@@ -1040,18 +996,13 @@ def load_adapters(place: Path, dtype: torch.dtype) -> tuple[LLaVA, data.LLMToken
     with torch.device('meta'):
         visual = clip_adv.ViT(clip_cfg, preprocess)
         model = LLaVA(visual, clip_cfg, preprocess, llm, tokenizer.image, 'v1', pad)
-    there = [name for name in model.state_dict() if name.startswith('llm.')]
-    data.fill(model, weights, f'{place / ADAPTERS}', but=there)
+    rest = nn.ModuleDict({'visual': visual, 'projector': model.projector})
+    data.fill(rest, weights, f'{place / ADAPTERS}')
     return model.eval(), tokenizer
 
 
-def peft_name(name: str) -> str:
-    return name.removeprefix('base_model.model.').replace('.default.weight', '.weight')
-
-
 def official_name(name: str) -> str:
-    """base_model.model.model.vision_tower.vision_tower.NAME → visual.NAME; mm_projector.0 →
-    projector.linear_1"""
+    """base_model.model.model.vision_tower.vision_tower.NAME → visual.NAME; mm_projector.0 → linear_1"""
     name = re.sub(r'^(base_model\.)?(model\.)*', '', name)
     name = re.sub(r'^(vision_tower\.)+', 'visual.', name)
     name = name.replace('mm_projector.0.', 'projector.linear_1.')
@@ -1059,32 +1010,25 @@ def official_name(name: str) -> str:
 
 
 def tower_of_adapters(place: Path, config: dict, weights: dict[str, Tensor]):
-    """(ClipCfg, Preprocess), of the open_clip_config.json in the directory, or, as the authors publish it
-    without one, from the weights' shapes. The width of the heads leaves no trace there: it is that of
-    open_clip's towers.
-    """
-    file = place / 'open_clip_config.json'
-    if file.is_file():
-        clip_cfg, preprocess = clip_adv.from_open_clip(data.read_json(file, str(place)), str(file))
-    else:
-        needed = ['conv1.weight', 'positional_embedding', 'transformer.resblocks.0.mlp.c_fc.bias']
-        needed = [f'visual.{name}' for name in needed]
-        if missing := [name for name in needed if name not in weights]:
-            said = f"{place / ADAPTERS} has no image tower in open_clip's names"
-            data.fail(f'{said}: no {", ".join(missing)}')
-        conv, positions, hidden = (weights[name] for name in needed)
-        width, patch = len(conv), conv.shape[-1]
-        layers = {name.split('.')[3] for name in weights if '.resblocks.' in name}
-        vision = clip_adv.VisionCfg(width=width, patch_size=patch, layers=len(layers))
-        vision.image_size = math.isqrt(len(positions) - 1) * patch
-        vision.head_width = {1280: 80, 1408: 88, 1664: 104, 1792: 112}.get(width, 64)
-        vision.mlp_ratio = clip_adv.mlp_ratio(len(hidden), width)
-        vision.no_ln_pre = 'visual.ln_pre.weight' not in weights
-        quick_gelu = 'quickgelu' in str(config.get('mm_vision_tower', '')).lower()
-        clip_cfg = clip_adv.ClipCfg(vision, quick_gelu=quick_gelu)
-        # official: Open-LLaVA-NeXT/clip_preprocess/bv336/preprocessor_config.json
-        preprocess = clip_adv.Preprocess(**clip_adv.IMAGENET)
-        print(f'note: {place} does not say what its image tower is; taken from its weights: {vision}')
+    """(ClipCfg, Preprocess), from the weights' shapes, as the authors publish no configuration. The width of
+    the heads leaves no trace there: it is that of open_clip's towers."""
+    needed = ['conv1.weight', 'positional_embedding', 'transformer.resblocks.0.mlp.c_fc.bias']
+    needed = [f'visual.{name}' for name in needed]
+    if not set(needed) <= set(weights):
+        data.fail(f"{place / ADAPTERS} has no image tower in open_clip's names: {', '.join(needed)}")
+    conv, positions, hidden = (weights[name] for name in needed)
+    width, patch = len(conv), conv.shape[-1]
+    layers = {name.split('.')[3] for name in weights if '.resblocks.' in name}
+    vision = clip_adv.VisionCfg(width=width, patch_size=patch, layers=len(layers))
+    vision.image_size = math.isqrt(len(positions) - 1) * patch
+    vision.head_width = {1280: 80, 1408: 88, 1664: 104, 1792: 112}.get(width, 64)
+    vision.mlp_ratio = clip_adv.mlp_ratio(len(hidden), width)
+    vision.no_ln_pre = 'visual.ln_pre.weight' not in weights
+    quick_gelu = 'quickgelu' in str(config.get('mm_vision_tower', '')).lower()
+    clip_cfg = clip_adv.ClipCfg(vision, quick_gelu=quick_gelu)
+    # official: Open-LLaVA-NeXT/clip_preprocess/bv336/preprocessor_config.json
+    preprocess = clip_adv.Preprocess(**clip_adv.IMAGENET)
+    print(f'note: {place} does not say what its image tower is; taken from its weights: {vision}')
     if (place / 'preprocessor_config.json').is_file():
         preprocess, _ = clip_adv.preprocess_from_hf(place, clip_cfg.vision_cfg.image_size)
     return clip_cfg, preprocess

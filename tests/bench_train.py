@@ -92,7 +92,8 @@ def main():
     other = functools.partial(open_clip_step, theirs, optimizer2, x, tokens, *mean_std)
     data.keep_freed_memory()  # for both: what is compared here is the code
     ours(), other()
-    report('ours', 'open_clip', [(images_per_s(ours, len(x)), images_per_s(other, len(x))) for _ in range(TURNS)])
+    rows = [(images_per_s(ours, len(x)), images_per_s(other, len(x))) for _ in range(TURNS)]
+    report('ours', 'open_clip', rows)
     ways = ('kept', 'as it is')
     report('memory kept', 'as it is', [tuple(map(in_a_process, ways)) for _ in range(TURNS)])
 
@@ -115,7 +116,8 @@ def report(a, b, rows):
     ratios = sorted(one / other for one, other in rows)
     medians = [statistics.median(column) for column in zip(*rows, strict=True)]
     print(
-        f'{a}: {medians[0]:.0f} images/s, {b}: {medians[1]:.0f} images/s; ratio, median of {len(rows)} turns: '
+        f'{a}: {medians[0]:.0f} images/s, {b}: {medians[1]:.0f} images/s; '
+        f'ratio, median of {len(rows)} turns: '
         f'{statistics.median(ratios):.2f} ({ratios[0]:.2f} … {ratios[-1]:.2f}); '
         f'{torch.get_num_threads()} threads, torch {torch.__version__}',
         flush=True,

@@ -99,7 +99,7 @@ def test_a_file_that_is_no_card_stays(run, content, capsys):
     assert evaluate('zeroshot', run, '--n', 3, '--attack', 'none') == 0
     said = capsys.readouterr().err.strip().splitlines()
     assert (run / 'README.md').read_bytes() == content and len(said) == 1
-    assert said[0].startswith(f'warning: not kept in {run}')
+    assert said[0].startswith(f'warning: not all kept in {run}')
     assert len(kept(run)) == 1
 
 
@@ -113,7 +113,7 @@ def test_what_cannot_be_written(run, tmp_path, capsys):
     (run / 'eval').write_text('in the way')
     assert evaluate('zeroshot', run, '--n', 3, '--attack', 'none', '--json', tmp_path / 'out.json') == 0
     captured = capsys.readouterr()
-    assert captured.err.count('warning: not kept in') == 1 and '| accuracy' in captured.out
+    assert captured.err.count('warning: not all kept in') == 1 and '| accuracy' in captured.out
     assert (tmp_path / 'out.json').is_file()
 
 

@@ -9,12 +9,13 @@ import torch
 from PIL import Image
 from torchvision.transforms.v2 import functional as TF
 
+import clip_adv
 import data
 
 
 def batches(pairs, tokenizer, batch_size, steps, rank=0, world=1, workers=0):
     """All batches of a rank, as training reads them, at 16 px."""
-    order = data.Order(len(pairs), batch_size, steps, 0, rank, world)
+    order = data.order(len(pairs), batch_size, steps, 0, rank, world)
     return list(data.loader(data.PairDataset(pairs, tokenizer, data.Fit(16), 0), order, workers))
 
 
@@ -23,7 +24,7 @@ def test_counts_and_split():
     train, val, test = (data.load_pairs('easyvqa', s) for s in ('train', 'val', 'test'))
     assert (len(train), len(val), len(test)) == (3221, 357, 888)
     assert not set(train.files) & set(val.files)
-    assert '3578 of 4000' in train.note and '888 of 1000' in test.note
+    assert '3221 of 3643' in train.note and '357 of 357' in val.note and '888 of 1000' in test.note
     assert len(set(train.captions)) == len(set(test.captions)) == 24
 
 
@@ -42,9 +43,7 @@ def test_colours_agree_with_the_pixels():
         assert data.COLOURS[count.argmax()] == caption.split()[1] and count.max() >= 8, (file, caption, count)
 
 
-def test_how_facts_follow(monkeypatch):
-    import easy_vqa
-
+def test_how_facts_follow():
     rows = [
         ('what color is the circle?', 'red', 1),  # answer and premise
         ('is there not a triangle?', 'no', 2),  # negation
@@ -55,12 +54,11 @@ def test_how_facts_follow(monkeypatch):
         ('is there a circle?', 'yes', 4),  # seven colours are left
         ('is there a red shape?', 'no', 4),
     ]
-    monkeypatch.setattr(easy_vqa, 'get_train_questions', lambda: tuple(zip(*rows, strict=True)))
     facts = {1: ('red', 'circle'), 2: ('teal', 'triangle'), 3: ('blue', 'triangle')}
-    assert data.easyvqa_facts('train') == (facts, 4)
+    assert data.easyvqa_facts(rows) == facts
     rows.append(('is there a triangle?', 'yes', 1))
     with pytest.raises(ValueError, match='image 1 contradict'):
-        data.easyvqa_facts('train')
+        data.easyvqa_facts(rows)
 
 
 def test_easyvqa_that_is_not_installed(monkeypatch):
@@ -201,12 +199,12 @@ def test_augmentation_moves_and_mirrors():
 # ------------------------------------------------------------------------------------------------------ order
 def test_order_is_the_same_for_any_number_of_ranks_and_after_a_resume():
     n, batch, steps = 23, 6, 20
-    whole = list(data.Order(n, batch, range(steps), seed=3, rank=0, world=1))
+    whole = list(data.order(n, batch, range(steps), seed=3, rank=0, world=1))
     for world in (2, 3):
-        parts = [list(data.Order(n, batch, range(steps), seed=3, rank=r, world=world)) for r in range(world)]
+        parts = [list(data.order(n, batch, range(steps), seed=3, rank=r, world=world)) for r in range(world)]
         assert [sum(p, []) for p in zip(*parts, strict=True)] == whole
-    assert list(data.Order(n, batch, range(7, steps), seed=3, rank=0, world=1)) == whole[7:]
-    assert list(data.Order(n, batch, range(steps), seed=4, rank=0, world=1)) != whole
+    assert list(data.order(n, batch, range(7, steps), seed=3, rank=0, world=1)) == whole[7:]
+    assert list(data.order(n, batch, range(steps), seed=4, rank=0, world=1)) != whole
     stream = sum(whole, [])
     assert [number for _, number in stream] == list(range(batch * steps))
     for epoch in range(len(stream) // n):  # each image once in each epoch, though batches straddle the epochs
@@ -242,23 +240,23 @@ def test_trained_tokenizer():
 def test_wordpiece_as_delta_clip(tmp_path):
     words = ['[PAD]', '[unused0]', '[unused1]', '[UNK]', 'a', 'red', 'circ', '##le', '[CLS]']
     (tmp_path / 'vocab.txt').write_text('\n'.join(words))
-    tokenizer = data.read_tokenizer(tmp_path / 'vocab.txt', 9)
+    cfg = clip_adv.TextCfg(context_length=9, tokenizer_mode='clips', pool_type='last')
+    tokenizer = data.tokenizer_for(cfg, data.read_tokenizer(tmp_path / 'vocab.txt'))
     # [bos] a red circ ##le [eos] [PAD] [PAD] [CLS]
     assert tokenizer(['A Red circle'])[0].tolist() == [1, 4, 5, 6, 7, 2, 0, 0, 8]
     assert tokenizer(['a red circle ' * 9])[0].tolist() == [1, 4, 5, 6, 7, 4, 5, 2, 8]
     (tmp_path / 'vocab.txt').write_text('a\nb')
     with pytest.raises(SystemExit, match='PAD'):
-        data.read_tokenizer(tmp_path / 'vocab.txt', 9)
+        data.tokenizer_for(cfg, data.read_tokenizer(tmp_path / 'vocab.txt'))
 
 
 def test_tokenizer_that_cannot_serve(tmp_path):
     with pytest.raises(SystemExit, match='nothing.json'):
-        data.read_tokenizer(tmp_path / 'nothing.json', 8)
+        data.read_tokenizer(tmp_path / 'nothing.json')
     tokenizer = data.train_tokenizer(['a'], 8, 400)
     tokenizer.backend.post_processor = None  # no start and no end around a text
-    tokenizer.backend.save(str(tmp_path / 'tokenizer.json'))
     with pytest.raises(SystemExit, match='start and an end'):
-        data.read_tokenizer(tmp_path / 'tokenizer.json', 8)
+        data.tokenizer_for(clip_adv.TextCfg(), tokenizer.backend)
 
 
 def test_generators_differ_by_each_argument():

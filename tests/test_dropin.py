@@ -226,9 +226,18 @@ def architecture(name, small=True):
     return cfg
 
 
+def clips_tokenizer(place):
+    """CLIP's BPE, from open_clip's package, as transformers writes it into a directory."""
+    from transformers import CLIPTokenizer
+
+    bpe = open_clip.tokenizer.SimpleTokenizer()
+    words = [*list(bpe.encoder)[:-2], '<|startoftext|>', '<|endoftext|>']
+    vocab = {word: i for i, word in enumerate(words)}
+    CLIPTokenizer(vocab=vocab, merges=list(bpe.bpe_ranks)).save_pretrained(place)
+
+
 def published(place, cfg, kind='safetensors'):
-    """A directory as open_clip publishes it, with random weights; the tokenizer in it only where open_clip
-    does not bring it along."""
+    """A directory as open_clip publishes it, with random weights."""
     from safetensors.torch import save_file
 
     with torch.random.fork_rng():
@@ -244,7 +253,9 @@ def published(place, cfg, kind='safetensors'):
         save_file(weights, place / 'open_clip_model.safetensors')
     else:
         torch.save(model.state_dict(), place / 'open_clip_pytorch_model.bin')
-    if cfg['text_cfg'].get('hf_tokenizer_name'):
+    if not cfg['text_cfg'].get('hf_tokenizer_name'):
+        clips_tokenizer(place)
+    else:
         from transformers import BertTokenizer
 
         (place / 'words.txt').write_text('\n'.join(WORDPIECE))
@@ -335,11 +346,7 @@ def hugging_face(place, act='quick_gelu', eos=49407, **how):
     model.save_pretrained(place, **how)
     processor = CLIPImageProcessor(size={'shortest_edge': 32}, crop_size={'height': 32, 'width': 32})
     processor.save_pretrained(place)
-    bpe = data.read_tokenizer(Path(open_clip.__file__).parent / 'bpe_simple_vocab_16e6.txt.gz', 20)
-    words = json.loads(bpe.backend.to_str())['model']
-    (place / 'vocab.json').write_text(json.dumps(words['vocab']))
-    merges = '\n'.join(' '.join(m) for m in words['merges'])
-    (place / 'merges.txt').write_text('#version: 0.2\n' + merges)
+    clips_tokenizer(place)
     return model.eval()
 
 
@@ -356,7 +363,7 @@ SHARDS = dict(max_shard_size='60KB')
     ],
 )
 def test_hugging_face_directories(tmp_path, act, eos, how):
-    """As published: whole, sharded, .bin; both kinds of pooling; the tokenizer as vocab.json, merges.txt."""
+    """As published: whole, sharded, .bin; both kinds of pooling."""
     from transformers import CLIPTokenizer
 
     theirs = hugging_face(tmp_path, act, eos, **({} if how == 'bin' else how))

@@ -300,7 +300,7 @@ def test_weights_of_a_llava_that_do_not_fit(tmp_path, change, message):
 @pytest.mark.parametrize(
     'change, message',
     [
-        (dict(tie_word_embeddings=True), f'{HEAD}: surplus'),  # but the file has a head of its own
+        (dict(tie_word_embeddings=True), f'{HEAD} is not the embedding'),  # the file has a head of its own
         (dict(vision_feature_layer=-1), 'vision_feature_layer is -1; supported: -2'),
         (dict(vision_feature_select_strategy='full'), "vision_feature_select_strategy is 'full'"),
         (dict(projector_hidden_act='relu'), "projector_hidden_act is 'relu'; supported: 'gelu'"),

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import data
 import eval as evaluation
 
 
@@ -208,7 +209,7 @@ def test_vqa_files(tmp_path):
 def test_easyvqa_questions():
     found = evaluation.vqa_set('easyvqa', 'test')
     assert len(found) == 9673 and sum(q.answers[0] not in ('yes', 'no') for q in found) == 2537
-    even = [found[i] for i in evaluation.balanced(found)]
+    even = [found[i] for i in data.balanced([(q.text, *q.answers) for q in found])]
     assert 2400 < len(even) < 2600
     for text in {q.text for q in even}:
         answers = [q.answers[0] for q in even if q.text == text]

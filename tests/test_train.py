@@ -293,7 +293,7 @@ def test_non_finite_loss_stops_and_keeps_the_checkpoint(tmp_path):
         (dict(eps_from=0.5, eps_to=0.2), '--eps_from 0.5'),
         (dict(lr=0), '--lr 0'),
         (dict(data='nowhere'), '--data nowhere: no such folder'),
-        (dict(tokenizer='nowhere'), '--tokenizer nowhere'),
+        (dict(tokenizer='nowhere'), 'cannot read --tokenizer nowhere'),
         (dict(holdout='pink circle'), '--holdout pink circle'),
         (dict(save_every=0), '--save_every 0'),
         (dict(context=2), '--context must be at least 3'),

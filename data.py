@@ -1106,7 +1106,7 @@ def write(path: Path, content, kept_as: str = '') -> None:
         os.replace(beside, path)
     except Exception as e:  # torch.save and safetensors raise their own kinds for a full disk
         beside.unlink(missing_ok=True)
-        fail(f'cannot write {path}: {e}. What was saved before is intact; free some space, then --resume')
+        fail(f'cannot write {path}: {e}. What was saved before is intact; free some space, then go on')
 
 
 def is_run(out: Path) -> bool:

@@ -1,5 +1,6 @@
 """What eval.py keeps of a run: RUN/eval/*.json, and results in its card, read back by huggingface_hub."""
 
+import concurrent.futures
 import json
 import shutil
 
@@ -77,10 +78,26 @@ def test_results_of_other_weights_are_left_out(run, tmp_path, monkeypatch):
         (report,) = kept(place)
         assert {r['model'] for r in report['rows'] + report['outcomes']} == {str(place)}
         assert len(shown(place)) == 3
+    (run / 'train_state.pt').unlink()  # as for publishing: the exported model is what was measured
+    evaluate('zeroshot', run, '--n', 3, '--attack', 'none', '--split', 'val')
+    assert len(shown(run)) == 6 and {report['updates'] for report in kept(run)} == {data.updates_of(run)}
     monkeypatch.setattr(data, 'updates_of', lambda path: 7)
     evaluate('retrieval', run, '--n', 4, '--attack', 'none')
-    assert [report['updates'] for report in kept(run)][0] == 7 and len(kept(run)) == 2
+    assert [report['updates'] for report in kept(run)][0] == 7 and len(kept(run)) == 3
     assert all('R@' in name for *_, name in shown(run))
+
+
+def test_evaluations_that_end_at_once(run, capsys):
+    """Each finds the card whole, and leaves it whole, with all results."""
+
+    def end(seed):
+        args = evaluation.parse(['zeroshot', str(run), '--seed', str(seed)])
+        rows = [evaluation.row(evaluation.about(args, str(run), 0.0), f'measure {seed}', [True, False])]
+        evaluation.keep({'rows': rows, 'outcomes': [], 'updates': data.updates_of(run)}, run, args)
+
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        list(pool.map(end, range(24)))
+    assert len(kept(run)) == len(shown(run)) == 24 and not capsys.readouterr().err
 
 
 def test_audits_of_other_transfers_are_others(run, tmp_path):

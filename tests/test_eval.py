@@ -246,6 +246,7 @@ def test_plot(run, tmp_path):
         (['--plot', 'x.bmp'], 'must end in'),
         (['--attack', 'fgsm'], 'invalid choice'),
         (['--epsilon', '3'], 'unrecognized'),
+        (['--data'], '--data: expected at least one argument'),
     ],
 )
 def test_bad_arguments(arguments, message, capsys):

@@ -195,6 +195,11 @@ def test_from_a_llava(parts, whole, tmp_path):
     train(more, out=tmp_path / 'b', resume=True)
     with pytest.raises(SystemExit, match='is a LLaVA and brings its LLM'):
         train(dict(more, llm=parts['llm']), out=tmp_path / 'c')
+    assert f'A LLaVA from `{tmp_path / "a"}`, stage 2' in (tmp_path / 'b' / 'README.md').read_text()
+    (tmp_path / 'a').rename(tmp_path / 'elsewhere')
+    with pytest.raises(SystemExit, match='neither the LLaVA --init .* nor .* is there any more'):
+        resume(tmp_path / 'b')
+    assert not (tmp_path / 'b' / 'llm').exists()
 
 
 def test_a_run_does_not_need_what_it_began_with(parts, tmp_path):

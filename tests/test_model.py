@@ -318,6 +318,13 @@ def test_the_papers_tower_from_open_clips_configuration(tmp_path):
     arch = clip_adv.Config(arch=str(tmp_path / 'arch.json'))
     own, tokenizer2 = clip_adv.build(arch, {'arch'}, data.load_pairs('easyvqa', 'val'), None)
     assert own.visual.size == 336 and tokenizer2.context == 32  # of the file
+    (tmp_path / 'vocab.txt').write_text('[PAD]\n[unused0]\n[unused1]\n[UNK]\n[CLS]\n[SEP]\na\nred')
+    arch.tokenizer = str(tmp_path / 'vocab.txt')  # ΔCLIP's layout then, whatever CLIPA's file says
+    own, wordpiece = clip_adv.build(arch, {'arch'}, data.load_pairs('easyvqa', 'val'), None)
+    for tok, model_ in ((tokenizer, model), (wordpiece, own)):  # what is trained on is what is read back
+        again = data.tokenizer_for(model_.cfg.text_cfg, tok.backend)
+        assert torch.equal(again(['a red', 'red']), tok(['a red', 'red']))
+    assert wordpiece(['a red'])[0, [0, 1, 2, 3, -1]].tolist() == [1, 6, 7, 2, 4]
     (tmp_path / 'arch.json').write_text('{"vision_cfg": {}}')
     with pytest.raises(SystemExit, match='--arch .*: no text_cfg'):
         clip_adv.build(arch, {'arch'}, data.load_pairs('easyvqa', 'val'), None)

@@ -38,8 +38,7 @@ def pgd(loss, x: Tensor, eps: float, alpha: float, k: int, start: Tensor | None 
 
     loss: maps images [B, C, H, W] to a scalar to be maximised.  x: float32 in [0, 1].  eps, alpha: in [0, 1]
     units.  start: first iterate, x itself by default.  The images stay float32 whatever the network computes
-    in: in bfloat16 the numbers near 1 are 1/256 apart, so that ‖δ‖∞ would leave the ball by up to 2/255.
-    """
+    in: in bfloat16 the numbers near 1 are 1/256 apart, so that ‖δ‖∞ would leave the ball by up to 2/255."""
     low, high = (x - eps).clamp(min=0), (x + eps).clamp(max=1)  # ball and box are one interval for each pixel
     x_adv = x if start is None else start
     for _ in range(k):
@@ -78,8 +77,7 @@ class Found(NamedTuple):
 def evaluate(loss, x: Tensor, idx: Tensor, batch_size: int, gradient: bool = True):
     """(loss [n], done [n], gradient [n, C, H, W] or None) of `loss(x, idx)`, in batches of about equal size.
 
-    The gradient is that of the sum, which is every sample's own; a mean would underflow in half precision.
-    """
+    The gradient is that of the sum, which is every sample's own; a mean would underflow in half precision."""
     values, dones, gradients = [], [], []
     for part in torch.arange(len(x), device=x.device).tensor_split(-(-len(x) // batch_size)):
         images = x[part].requires_grad_(gradient)
@@ -109,8 +107,7 @@ def apgd(
     is to be maximised, sample by sample. A sample that is done leaves at once: no further forward pass is
     spent on it, and its neighbours move up into full batches. One that never is gets all `iterations`. x:
     float32 (or float64) in [0, 1].  eps: in [0, 1] units.  start: first iterate, x itself by default.
-    first_step: in units of ε.  compact=False computes the done ones to the end, too (tests): the same.
-    """
+    first_step: in units of ε.  compact=False computes the done ones to the end, too (tests): the same."""
     low, high = (x - eps).clamp(min=0), (x + eps).clamp(max=1)
     now = (x if start is None else start).detach()
     idx = torch.arange(len(x), device=x.device)
@@ -173,8 +170,7 @@ def margin(z: Tensor, y: Tensor) -> Tensor:
     Cross-entropy is softplus of it, so both rise together and their gradients have the same signs, which is
     all that (A)PGD takes from a loss. But the cross-entropy of a confident model, and its gradient, underflow
     to exactly 0 (at 100·cos many are that confident), and an attack that climbs it then stands still. This
-    does not.
-    """
+    does not."""
     return z.scatter(1, y[:, None], float('-inf')).logsumexp(1) - z.gather(1, y[:, None])[:, 0]
 
 
@@ -184,8 +180,7 @@ def targeted_dlr(z: Tensor, y: Tensor, target: Tensor) -> Tensor:
 
     logits [b, C], labels [b], targets [b] → [b].
 
-    It needs 4 classes. With 3 the denominator is z₁ − z₃, with 2 (where every ratio is constant) it is 1.
-    """
+    It needs 4 classes. With 3 the denominator is z₁ − z₃, with 2 (where every ratio is constant) it is 1."""
     top = z.sort(1, descending=True).values
     if z.shape[1] > 3:
         spread = top[:, 0] - (top[:, 2] + top[:, 3]) / 2
@@ -218,8 +213,7 @@ def ensemble(
     [N]. noise: (restart, row number) → CPU generator of the random start.  C classes have at most C − 1
     targets. Returns Found: of a sample that survives, the image with the highest margin of the
     cross-entropy's restarts, and `loss` that margin; of a broken one, `loss` is the breaking attack's.
-    `iterations` counts all attacks.
-    """
+    `iterations` counts all attacks."""
     with torch.no_grad():
         rows = torch.arange(len(x), device=x.device)
         z = torch.cat([logits(x[part], part) for part in rows.split(batch_size)])
@@ -260,8 +254,7 @@ def square(loss, x: Tensor, eps: float, generators: list, queries: int = 5000, b
     """Square Attack: random search with squares of shrinking size, without any gradient; so nothing can hide
     from it by spoiling gradients.   Andriushchenko et al. 2020, arXiv 1912.00049, Algorithms 1 and 2, p = 0.8
 
-    loss: as in apgd; no gradient is asked of it.  generators: one for each image, for all its draws.
-    """
+    loss: as in apgd; no gradient is asked of it.  generators: one for each image, for all its draws."""
     n, channels, height, width = x.shape
     low, high = (x - eps).clamp(min=0), (x + eps).clamp(max=1)
     stripes = torch.stack([torch.rand(channels, 1, width, generator=g) for g in generators]).to(x)

@@ -12,15 +12,13 @@ Pixels are float32 in [0, 1] everywhere outside the image tower, ε and α in 1/
 """
 
 import contextlib
-import dataclasses
 import json
 import math
 import os
 import shutil
-import typing
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args, get_origin, get_type_hints
 
 import data  # before torch: it says how threads wait
 
@@ -98,31 +96,27 @@ class Attention(nn.Module):
 class Block(nn.Module):
     """Pre-norm transformer block: x + attention(LN(x)), then x + MLP(LN(x))."""
 
-    def __init__(self, width: int, heads: int, mlp_ratio: float, activation: nn.Module, ln_eps: float):
+    def __init__(self, width: int, heads: int, hidden: int, gelu, norm: dict):
         super().__init__()
-        self.ln_1 = nn.LayerNorm(width, ln_eps)
+        self.ln_1 = nn.LayerNorm(width, **norm)
         self.attn = Attention(width, heads)
-        self.ln_2 = nn.LayerNorm(width, ln_eps)
-        hidden = int(width * mlp_ratio)
-        self.mlp = nn.Sequential()
-        self.mlp.add_module('c_fc', nn.Linear(width, hidden))
-        self.mlp.add_module('gelu', activation)
-        self.mlp.add_module('c_proj', nn.Linear(hidden, width))
+        self.ln_2 = nn.LayerNorm(width, **norm)
+        self.mlp = nn.ModuleDict({'c_fc': nn.Linear(width, hidden), 'c_proj': nn.Linear(hidden, width)})
+        self.gelu = gelu
 
     def forward(self, x: Tensor, causal: bool) -> Tensor:
         x = x + self.attn(self.ln_1(x), causal)
-        return x + self.mlp(self.ln_2(x))
+        return x + self.mlp.c_proj(self.gelu(self.mlp.c_fc(self.ln_2(x))))
 
 
 class Transformer(nn.Module):
     """The blocks of a tower.   cfg: VisionCfg or TextCfg, below"""
 
-    def __init__(self, cfg, heads: int, quick_gelu: bool):
+    def __init__(self, cfg, heads: int, quick: bool):
         super().__init__()
-        width, ln_eps = cfg.width, layer_norm_eps(cfg)
-        gelu = QuickGELU() if quick_gelu else nn.GELU(**(cfg.act_kwargs or {}))
-        blocks = (Block(width, heads, cfg.mlp_ratio, gelu, ln_eps) for _ in range(cfg.layers))
-        self.resblocks = nn.ModuleList(blocks)
+        width, hidden, norm = cfg.width, int(cfg.width * cfg.mlp_ratio), cfg.norm_kwargs or {}
+        gelu = quick_gelu if quick else nn.GELU(**(cfg.act_kwargs or {}))
+        self.resblocks = nn.ModuleList(Block(width, heads, hidden, gelu, norm) for _ in range(cfg.layers))
         for block in self.resblocks:  # OpenAI's initialisation, for both towers
             nn.init.normal_(block.attn.in_proj_weight, std=width**-0.5)
             nn.init.normal_(block.attn.out_proj.weight, std=(width * 2 * cfg.layers) ** -0.5)
@@ -135,15 +129,9 @@ class Transformer(nn.Module):
         return x
 
 
-class QuickGELU(nn.Module):
+def quick_gelu(x: Tensor) -> Tensor:
     """The activation of OpenAI's weights."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x * torch.sigmoid(1.702 * x)
-
-
-def layer_norm_eps(cfg) -> float:
-    return (cfg.norm_kwargs or {}).get('eps', 1e-5)
+    return x * torch.sigmoid(1.702 * x)
 
 
 class ViT(nn.Module):
@@ -152,7 +140,7 @@ class ViT(nn.Module):
     def __init__(self, clip: 'ClipCfg', preprocess: 'Preprocess'):
         super().__init__()
         cfg = clip.vision_cfg
-        width, ln_eps = cfg.width, layer_norm_eps(cfg)
+        width, norm = cfg.width, cfg.norm_kwargs or {}
         self.size, self.patch = cfg.image_size, cfg.patch_size
         self.pool, self.ln_after_pool = cfg.pool_type, cfg.final_ln_after_pool
         for name in ('mean', 'std'):  # real where the weights are on 'meta'
@@ -162,9 +150,9 @@ class ViT(nn.Module):
         self.class_embedding = nn.Parameter(width**-0.5 * torch.randn(width))
         tokens = (self.size // self.patch) ** 2 + 1
         self.positional_embedding = nn.Parameter(width**-0.5 * torch.randn(tokens, width))
-        self.ln_pre = nn.Identity() if cfg.no_ln_pre else nn.LayerNorm(width, ln_eps)
+        self.ln_pre = nn.Identity() if cfg.no_ln_pre else nn.LayerNorm(width, **norm)
         self.transformer = Transformer(cfg, width // cfg.head_width, clip.quick_gelu)
-        self.ln_post = nn.LayerNorm(width, ln_eps)
+        self.ln_post = nn.LayerNorm(width, **norm)
         self.proj = nn.Parameter(width**-0.5 * torch.randn(width, clip.embed_dim))
 
     def embed(self, x: Tensor) -> Tensor:
@@ -197,7 +185,7 @@ class TextTower(nn.Module):
         self.token_embedding = nn.Embedding(cfg.vocab_size, width)
         self.positional_embedding = nn.Parameter(torch.empty(cfg.context_length, width))
         self.transformer = Transformer(cfg, cfg.heads, clip.quick_gelu)
-        self.ln_final = nn.LayerNorm(width, layer_norm_eps(cfg))
+        self.ln_final = nn.LayerNorm(width, **(cfg.norm_kwargs or {}))
         self.text_projection = nn.Parameter(torch.empty(width, clip.embed_dim))
         nn.init.normal_(self.token_embedding.weight, std=0.02)
         nn.init.normal_(self.positional_embedding, std=0.01)
@@ -218,8 +206,7 @@ class CLIP(TextTower):
     """Both towers and the logit scale 1/τ, stored as its logarithm.
 
     It *is* a text tower with an image tower in `visual`, since that is how OpenAI named the parameters. A
-    call embeds images, so that the update goes through DistributedDataParallel; encode_text embeds captions.
-    """
+    call embeds images, so that the update goes through DDP; encode_text embeds captions."""
 
     def __init__(self, cfg: 'ClipCfg', preprocess: 'Preprocess'):
         super().__init__(cfg)
@@ -240,35 +227,27 @@ class CLIP(TextTower):
 def info_nce(image: Tensor, text: Tensor, log_scale: Tensor) -> Tensor:
     """Symmetric InfoNCE over the global batch, CLIP's loss.   image, text: unit vectors [B, D], in pairs.
 
-    Every other row is a negative, an equal caption too, as in CLIP. (It does no harm: equal captions have
-    equal embeddings, so all they add to image → text is the logarithm of how often the caption is in the
-    batch.)
-    """
+    Every other row is a negative, an equal caption too, as in CLIP. (It does no harm: with an equal embedding
+    all that it adds to image → text is the logarithm of how often the caption is in the batch.)"""
     logits = log_scale.exp() * image @ text.T  # [B, B]
     pairs = torch.arange(len(logits), device=logits.device)
     return (F.cross_entropy(logits, pairs) + F.cross_entropy(logits.T, pairs)) / 2
 
 
-class Gather(torch.autograd.Function):
+def gather(x: Tensor) -> Tensor:
     """[b, D] on each of W ranks → [W·b, D] on all. The loss is then computed whole on every rank.
 
-    Backward keeps the rank's own rows, which is exact, as every rank has the whole loss; times W, as DDP will
-    average. Without the gradient, or with the rank's own negatives, this would be another loss (and attack).
-    """
-
-    @staticmethod
-    def forward(ctx, x):
-        everyone = [torch.empty_like(x) for _ in range(dist.get_world_size())]
-        dist.all_gather(everyone, x.contiguous())
-        return torch.cat(everyone)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return gradient.chunk(dist.get_world_size())[dist.get_rank()] * dist.get_world_size()
-
-
-def gather(x: Tensor) -> Tensor:
-    return Gather.apply(x) if dist.is_initialized() and dist.get_world_size() > 1 else x
+    The gradient is that of the rank's own rows, which is exact, as every rank has the whole loss; times W, as
+    DDP will average. Without it, or with the rank's own negatives, it would be another loss (and attack)."""
+    rank, world = data.rank_and_world()
+    if world == 1:
+        return x
+    everyone = [torch.empty_like(x) for _ in range(world)]
+    dist.all_gather(everyone, x.detach().contiguous())
+    everyone[rank] = x  # the same numbers, with their gradient
+    if x.requires_grad:
+        x.register_hook(lambda gradient: world * gradient)
+    return torch.cat(everyone)
 
 
 # ================================================================================================== schedules
@@ -276,12 +255,9 @@ def attack_at(cfg: Config, step: int) -> tuple[float, float, int]:
     """(ε, α, K) of a step, ε and α in [0, 1] units; K = 0 means clean.
 
     Our schedule (the authors' is not public). It follows their idea at one resolution: the long part cheap
-    and weak, the short last part at full strength.
-    """
-    done = step / cfg.steps
-    ramp = float(done >= cfg.eps_to)
-    if cfg.eps_to > cfg.eps_from:
-        ramp = min(max((done - cfg.eps_from) / (cfg.eps_to - cfg.eps_from), 0), 1)
+    and weak, the short last part at full strength."""
+    done, width = step / cfg.steps, cfg.eps_to - cfg.eps_from
+    ramp = min(max((done - cfg.eps_from) / width, 0), 1) if width else float(done >= cfg.eps_to)
     eps, alpha, k = ramp * cfg.eps / 255, ramp * cfg.alpha / 255, cfg.k
     if done < cfg.k_from and cfg.k > 1:
         alpha, k = 1.25 * eps, 1  # fast adversarial training, Wong et al. 2020, arXiv 2001.03994
@@ -417,11 +393,7 @@ def main(cfg: Config, given: set[str]) -> None:
     run.finish(f'{opens}; measure it with: python eval.py zeroshot {cfg.out}')
 
 
-# ============================================================================================================
-# Below: a model's settings and files. Nothing of the method is hidden here.
-# ============================================================================================================
-
-
+# ===================== below: a model's settings and files; nothing of the method is hidden here
 # -------------------------------------------------------------- a model's settings, with open_clip's defaults
 @dataclass
 class VisionCfg:
@@ -484,11 +456,11 @@ def typed(kind, given: dict, where: str):
     allow, is an error, since it would not be obeyed.   where: what it is a part of, for the error"""
     if not isinstance(given, dict):
         data.fail(f'{where} is {given!r}; expected an object')
-    hints, given = typing.get_type_hints(kind), dict(given)
+    hints, given = get_type_hints(kind), dict(given)
     for key, value in given.items():
         if key not in hints:
             data.fail(f'{where}: unknown key {key}; supported: {", ".join(hints)}')
-        if dataclasses.is_dataclass(hints[key]):
+        if is_dataclass(hints[key]):
             given[key] = typed(hints[key], value, f'{where}.{key}')
         elif not suits(value, hints[key]):
             name = getattr(hints[key], '__name__', '') if isinstance(hints[key], type) else str(hints[key])
@@ -498,7 +470,7 @@ def typed(kind, given: dict, where: str):
 
 def suits(value, hint) -> bool:
     """Whether a value of a JSON file is what the type says. Numbers are sizes, ids or ε: none is negative."""
-    origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    origin, inner = get_origin(hint), get_args(hint)
     if origin is Literal:
         return any(value == one and type(value) is type(one) for one in inner)
     if origin is list:
@@ -517,25 +489,21 @@ def from_open_clip(config: dict, where: str) -> tuple[ClipCfg, Preprocess]:
     """Of open_clip_config.json: {'model_cfg', 'preprocess_cfg'}. What would not be obeyed is an error."""
     cfg = typed(ClipCfg, config.get('model_cfg'), f'{where}: model_cfg')
     preprocess = typed(Preprocess, config.get('preprocess_cfg'), f'{where}: preprocess_cfg')
-    v, t = cfg.vision_cfg, cfg.text_cfg
-    for value, divisor, what in (
-        (v.image_size, v.patch_size, 'image size (--size) must be divisible by the patch (--patch)'),
-        (v.width, v.head_width, 'width (--width) must be divisible by the head width (--head_width)'),
-        (t.width, t.heads, 'text width (--text_width) must be divisible by the heads (--text_heads)'),
-    ):
+    v, t, mean, std = cfg.vision_cfg, cfg.text_cfg, preprocess.mean, preprocess.std
+    whole = {'size / patch': (v.image_size, v.patch_size), 'width / head_width': (v.width, v.head_width)}
+    for what, (value, divisor) in {**whole, 'text_width / text_heads': (t.width, t.heads)}.items():
         if value % divisor:
-            data.fail(f'{where}: the {what}: {value} / {divisor}')
-    for key, numbers in (('mean', preprocess.mean), ('std', preprocess.std)):
-        if len(numbers) != 3 or key == 'std' and min(numbers) <= 0:
-            data.fail(f'{where}: preprocess_cfg.{key} is {numbers}; supported: three numbers, of std above 0')
+            data.fail(f'{where}: {what} is {value} / {divisor}; must be a whole number')
+    if not len(mean) == len(std) == 3 or min(std) <= 0:
+        data.fail(f'{where}: mean is {mean}, std is {std}; supported: three numbers each, of std above 0')
     return cfg, preprocess
 
 
 def open_clip_config(cfg: ClipCfg, preprocess: Preprocess) -> dict:
     """What from_open_clip reads, with every setting that has a value."""
-    model_cfg = dataclasses.asdict(cfg, dict_factory=lambda items: {k: v for k, v in items if v is not None})
+    model_cfg = asdict(cfg, dict_factory=lambda items: {k: v for k, v in items if v is not None})
     size = [cfg.vision_cfg.image_size] * 2
-    return {'model_cfg': model_cfg, 'preprocess_cfg': {**dataclasses.asdict(preprocess), 'size': size}}
+    return {'model_cfg': model_cfg, 'preprocess_cfg': {**asdict(preprocess), 'size': size}}
 
 
 # --------------------------------------------------------------------------------------------- making a model
@@ -574,7 +542,7 @@ def build(cfg: Config, given: set[str], pairs: data.Pairs, state: dict | None) -
         text = TextCfg(cfg.context, width=cfg.text_width, heads=cfg.text_heads, layers=cfg.text_layers)
         if cfg.tokenizer.endswith('.txt'):  # [CLS] comes last, and is of use only without a causal mask
             text.pool_type, text.no_causal_mask = 'last', True
-        model_cfg = dataclasses.asdict(ClipCfg(vision, text, cfg.embed_dim))
+        model_cfg = asdict(ClipCfg(vision, text, cfg.embed_dim))
     clip_cfg, preprocess = from_open_clip({'model_cfg': model_cfg, 'preprocess_cfg': IMAGENET}, 'the model')
     text_cfg = clip_cfg.text_cfg
     if cfg.tokenizer:
@@ -595,7 +563,7 @@ def with_tokenizer(text_cfg: TextCfg, tokenizer: data.Tokenizer) -> TextCfg:
     mode = 'clips' if tokenizer.mode == 'clips' else None
     kwargs = {'strip_sep_token': True} if tokenizer.mode == 'strip_sep_token' else None
     own = dict(hf_tokenizer_name='tokenizer.json', tokenizer_mode=mode, tokenizer_kwargs=kwargs)
-    return dataclasses.replace(text_cfg, vocab_path=None, **own)
+    return replace(text_cfg, vocab_path=None, **own)
 
 
 def check_config(cfg: Config, world: int) -> None:
@@ -611,8 +579,7 @@ def check_config(cfg: Config, world: int) -> None:
     if cfg.eps_from > cfg.eps_to:
         data.fail(f'--eps_from {cfg.eps_from:g} --eps_to {cfg.eps_to:g}: the ramp ends before it begins')
     if cfg.batch_size < 2 or cfg.batch_size % world:
-        limit = f'at least 2 (the loss is contrastive) and divisible by the {world} processes (it is global)'
-        data.fail(f'--batch_size {cfg.batch_size}: must be {limit}')
+        data.fail(f'--batch_size {cfg.batch_size}: must be at least 2 and divisible by the {world} processes')
     if cfg.vocab_size < 260:
         data.fail(f'--vocab_size {cfg.vocab_size}: must be at least 260 (256 bytes, 3 special tokens, …)')
 
@@ -625,8 +592,7 @@ def check_attack(cfg) -> None:
         meant = f'; did you mean {cfg.eps * 255:.3g}?' if 0 < cfg.eps < 0.25 else ''
         data.fail(f'--eps {cfg.eps:g}: must be 0 or in 0.25 … 255 (it is in 1/255){meant}')
     if cfg.eps > 0 and not 0 < cfg.alpha <= 2 * cfg.eps:
-        limit = f'in 0 … 2ε = {2 * cfg.eps:g} (in 1/255): a longer step crosses the whole ball'
-        data.fail(f'--alpha {cfg.alpha:g}: must be {limit}')
+        data.fail(f'--alpha {cfg.alpha:g}: must be in 0 … 2ε = {2 * cfg.eps:g}, which crosses the whole ball')
     if cfg.k < 1:
         data.fail(f'--k {cfg.k}: must be at least 1; train without an attack with --eps 0')
 
@@ -648,8 +614,7 @@ def load_clip(path: str | os.PathLike, size: int | None = None, flag: str = '', 
 
     path: a run directory; a directory of open_clip's; one of a CLIPModel of Hugging Face's; or a repository
     id of the hub.  size: interpolates the position embedding to images of this side.  flag: that named it,
-    for errors.  tokenizer: False where none is needed (stage 2 takes the image tower alone).
-    """
+    for errors.  tokenizer: False where none is needed (stage 2 takes the image tower alone)."""
     if str(path) == Config.out and not Path(path).exists():
         data.fail(f'{flag or "DIR"} {path}: no such directory; make it first: python clip_adv.py')
     place = data.locate(path, flag)
@@ -713,36 +678,33 @@ def save_clip(model: CLIP, tokenizer: data.Tokenizer, out: Path) -> None:
 HF_SETTINGS = {'width': 'hidden_size', 'layers': 'num_hidden_layers', 'heads': 'num_attention_heads'}
 HF_SETTINGS |= {'context_length': 'max_position_embeddings', 'vocab_size': 'vocab_size'}
 HF_SETTINGS |= {'image_size': 'image_size', 'patch_size': 'patch_size'}
-HF_DEFAULTS = dict(num_hidden_layers=12, hidden_act='quick_gelu', layer_norm_eps=1e-5)  # where left out
-HF_VISION = dict(hidden_size=768, intermediate_size=3072, num_attention_heads=12, image_size=224)
-HF_VISION |= dict(patch_size=32)
-HF_TEXT = dict(hidden_size=512, intermediate_size=2048, num_attention_heads=8, vocab_size=49408)
-HF_TEXT |= dict(max_position_embeddings=77, eos_token_id=49407)
 HF_ACTIVATIONS = {'quick_gelu': None, 'gelu': None, 'gelu_pytorch_tanh': {'approximate': 'tanh'}}
 HF_FILTERS = {'bilinear': 2, 'bicubic': 3}  # PIL's numbers
 
 
-def tower_from_hf(kind, config: dict, where: str):
-    """(VisionCfg or TextCfg, quick_gelu) of a vision_config or text_config.   kind: which of these"""
-    config = {**HF_DEFAULTS, **(HF_VISION if kind is VisionCfg else HF_TEXT), **config}
-    for key in ['intermediate_size', *(key for key in HF_SETTINGS.values() if key in config)]:
-        if not suits(config[key], int):
-            data.fail(f'{where}: {key} is {config[key]!r}; supported: a whole number')
+def tower_from_hf(kind, config: dict, file: Path):
+    """(VisionCfg or TextCfg, quick_gelu) of a CLIPModel's or LLaVA's config.json.   kind: which of these
+    What is left out there is as in open_clip, but for two settings."""
+    name = 'vision_config' if kind is VisionCfg else 'text_config'
+    left_out = tower_to_hf(kind(), ClipCfg(quick_gelu=True)) | {'patch_size': 32, 'eos_token_id': 49407}
+    given = {**(config.get(name) or {}), **(config.get(f'{name}_dict') or {})}  # as older versions had it
+    config, where = left_out | given, f'{file}: {name}'
     width, heads, act = config['hidden_size'], config['num_attention_heads'], config['hidden_act']
     if act not in HF_ACTIVATIONS:
         data.fail(f'{where}: hidden_act is {act!r}; supported: {", ".join(HF_ACTIVATIONS)}')
-    if width % heads:
-        data.fail(f'{where}: {heads} heads do not divide the width {width}')
     cfg = kind(**{ours: config[theirs] for ours, theirs in HF_SETTINGS.items() if hasattr(kind, ours)})
-    cfg.mlp_ratio = mlp_ratio(config['intermediate_size'], width)
     cfg.act_kwargs, cfg.norm_kwargs = HF_ACTIVATIONS[act], {'eps': config['layer_norm_eps']}
+    with data.reading(where, 'whole numbers for the sizes'):
+        cfg.mlp_ratio = mlp_ratio(config['intermediate_size'], width)
+        if width % heads:
+            raise ValueError(f'{heads} heads do not divide the width {width}')
     if kind is VisionCfg:
         cfg.head_width = width // heads
     else:
         cfg.hf_tokenizer_name = 'tokenizer.json'  # it lies in the directory
         if config['eos_token_id'] != 2:  # 2 is transformers' mark for the older kind of pooling
             cfg.pool_type, cfg.eos_id = 'eos', config['eos_token_id']
-    return cfg, act == 'quick_gelu'
+    return typed(kind, asdict(cfg), where), act == 'quick_gelu'
 
 
 def mlp_ratio(hidden: int, width: int) -> float:
@@ -757,9 +719,9 @@ def tower_to_hf(cfg: VisionCfg | TextCfg, clip: ClipCfg) -> dict:
     act = 'quick_gelu' if clip.quick_gelu else 'gelu_pytorch_tanh' if tanh else 'gelu'
     found = {theirs: getattr(cfg, ours) for ours, theirs in HF_SETTINGS.items() if hasattr(cfg, ours)}
     found |= {'num_attention_heads': cfg.width // cfg.head_width if vision else cfg.heads, 'hidden_act': act}
-    found |= {'intermediate_size': int(cfg.width * cfg.mlp_ratio), 'layer_norm_eps': layer_norm_eps(cfg)}
-    kind = f'clip_{"vision" if vision else "text"}_model'
-    return {'model_type': kind, 'projection_dim': clip.embed_dim, **found}
+    found |= {'layer_norm_eps': (cfg.norm_kwargs or {}).get('eps', 1e-5), 'projection_dim': clip.embed_dim}
+    found['intermediate_size'] = int(cfg.width * cfg.mlp_ratio)
+    return {'model_type': f'clip_{"vision" if vision else "text"}_model', **found}
 
 
 def not_in_hf(cfg: ClipCfg, preprocess: Preprocess, tokenizer: data.Tokenizer | None = None) -> list[str]:
@@ -815,12 +777,9 @@ def preprocess_from_hf(place: Path, size: int) -> tuple[Preprocess, bool]:
 
 def from_hf_directory(place: Path) -> tuple[ClipCfg, Preprocess]:
     """Of a CLIPModel."""
-    file, towers = place / 'config.json', []
+    file = place / 'config.json'
     config = data.read_json(file, str(place))
-    for name, kind in (('vision_config', VisionCfg), ('text_config', TextCfg)):
-        given = {**(config.get(name) or {}), **(config.get(f'{name}_dict') or {})}  # as older versions had it
-        towers.append(tower_from_hf(kind, given, f'{file}: {name}'))
-    (vision, quick_gelu), (text, quick_text) = towers
+    (vision, quick_gelu), (text, quick_text) = (tower_from_hf(k, config, file) for k in (VisionCfg, TextCfg))
     if quick_gelu != quick_text:
         data.fail(f'{file}: one tower has the activation quick_gelu, the other has not; supported: both')
     cfg = ClipCfg(vision, text, config.get('projection_dim', 512), quick_gelu)
@@ -829,18 +788,13 @@ def from_hf_directory(place: Path) -> tuple[ClipCfg, Preprocess]:
 
 
 # ------------------------------------------------------------------------------- Hugging Face's CLIP: weights
-HF_NAMES = {  # a part of a name of ours: theirs, after `vision_model.` or `text_model.`
-    'class_embedding': 'embeddings.class_embedding',
-    'conv1': 'embeddings.patch_embedding',
-    'positional_embedding': 'embeddings.position_embedding.weight',
-    'token_embedding': 'embeddings.token_embedding',
-    'ln_pre': 'pre_layrnorm',  # (sic)
-    'ln_post': 'post_layernorm',
-    'ln_final': 'final_layer_norm',
-    'transformer.resblocks': 'encoder.layers',
-}
-HF_NAMES |= {'ln_1': 'layer_norm1', 'ln_2': 'layer_norm2', 'attn.out_proj': 'self_attn.out_proj'}
-HF_NAMES |= {'mlp.c_fc': 'mlp.fc1', 'mlp.c_proj': 'mlp.fc2'}
+# a part of a name of ours: theirs, after `vision_model.` or `text_model.`; pre_layrnorm is no slip of ours
+HF_NAMES = {'class_embedding': 'embeddings.class_embedding', 'conv1': 'embeddings.patch_embedding'}
+HF_NAMES |= {'positional_embedding': 'embeddings.position_embedding.weight'}
+HF_NAMES |= {'token_embedding': 'embeddings.token_embedding', 'transformer.resblocks': 'encoder.layers'}
+HF_NAMES |= {'ln_pre': 'pre_layrnorm', 'ln_post': 'post_layernorm', 'ln_final': 'final_layer_norm'}
+HF_NAMES |= {'ln_1': 'layer_norm1', 'ln_2': 'layer_norm2', 'mlp.c_fc': 'mlp.fc1', 'mlp.c_proj': 'mlp.fc2'}
+HF_NAMES |= {'attn.out_proj': 'self_attn.out_proj', 'attn.in_proj_': 'self_attn.{}_proj.'}  # q, k, v
 HF_TRANSPOSED = {'visual.proj': 'visual_projection.weight', 'text_projection': 'text_projection.weight'}
 
 
@@ -852,8 +806,7 @@ def hf_names(name: str) -> list[str]:
     name = name.removeprefix('visual.')
     for ours, theirs in HF_NAMES.items():
         name = name.replace(ours, theirs, 1)
-    parts = 'qkv' if 'attn.in_proj_' in name else 'q'
-    return [tower + name.replace('attn.in_proj_', f'self_attn.{part}_proj.') for part in parts]
+    return [tower + name.format(part) for part in ('qkv' if '{}' in name else 'q')]
 
 
 def weights_to_hf(weights: dict[str, Tensor], names_of=hf_names) -> dict[str, Tensor]:
@@ -890,16 +843,13 @@ def arithmetic(cfg: Config, pairs: data.Pairs, model: CLIP, tokenizer: data.Toke
 
 def attack_text(cfg) -> str:
     """Of both stages."""
-    passes = f'{cfg.k + 1} forward-backward passes per update at full strength'
-    attack = f'ε {cfg.eps:g}/255, α {cfg.alpha:g}/255 × {cfg.k} steps; {passes}'
-    return attack if cfg.eps else 'ε 0: no attack; 1 forward-backward pass per update'
+    attack = f'ε {cfg.eps:g}/255, α {cfg.alpha:g}/255 × {cfg.k} steps' if cfg.eps else 'ε 0: no attack'
+    return f'{attack}; forward-backward passes per update at full strength: {cfg.k + 1 if cfg.eps else 1}'
 
 
 HUB_HEADER = 'library_name: open_clip\npipeline_tag: zero-shot-image-classification\ntags:\n- clip'
-LOAD = [
-    "open_clip.create_model_and_transforms('local-dir:RUN')",
-    "transformers.CLIPModel.from_pretrained('RUN')",
-]
+LOAD = ["open_clip.create_model_and_transforms('local-dir:RUN')"]
+LOAD += ["transformers.CLIPModel.from_pretrained('RUN')"]
 
 
 def card(cfg, what: str, stage: int, header: str, facts: str, load: list[str]) -> str:

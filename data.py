@@ -5,14 +5,13 @@ files of weights, settings from the command line, processes, the run directory. 
     chats = load_chats('easyvqa', 'train')    # conversations; or a JSON file in LLaVA's format
     batches = loader(PairDataset(pairs, tokenizer, fit, seed), order(len(pairs), batch_size, …))
 
-`python data.py` prints what the easy-VQA captions are derived from. Everything random here is a function of
-(seed, purpose, number of the sample in the stream), never of a rank, a worker or a batch size.
+Everything random here is a function of (seed, purpose, number of the sample in the stream), never of a rank,
+a worker or a batch size.
 """
 
 import argparse
 import contextlib
 import ctypes
-import dataclasses
 import fnmatch
 import functools
 import hashlib
@@ -31,7 +30,8 @@ import sys
 import textwrap
 import time
 import typing
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields, replace
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -106,10 +106,9 @@ def load_pairs(data: str, split: str = 'train', holdout: str = '') -> Pairs:
         fail(f'--split {split}: must be train, val or test')
     pairs = easyvqa(split) if data == 'easyvqa' else folder(Path(data), split)
     if held := held_out(holdout):
-        names = [pair_name(c) for c in pairs.captions]
-        if missing := set(held) - set(names):
+        if missing := set(held) - set(map(pair_name, pairs.captions)):
             fail(f'--holdout {", ".join(sorted(missing))}: no caption of --data {data} says so')
-        rows = [i for i, name in enumerate(names) if name not in held]
+        rows = [i for i, caption in enumerate(pairs.captions) if pair_name(caption) not in held]
         note = f'{pairs.note}; {len(pairs) - len(rows)} images of {len(held)} held-out captions left out'
         kept = [pairs.files[i] for i in rows], [pairs.captions[i] for i in rows]
         pairs = Pairs(*kept, pairs.augment, note)
@@ -139,8 +138,7 @@ def easyvqa(split: str) -> Pairs:
 def easyvqa_split(split: str) -> tuple[dict[int, tuple[str, str]], list[tuple[str, str, int]], Path]:
     """({image: (colour, shape)} where these are known, [(question, answer, image)], folder of the images)
 
-    val is a tenth of the captioned training images and never trained on, whatever --seed a run has.
-    """
+    val is a tenth of the captioned training images and never trained on, whatever --seed a run has."""
     with reading('--data easyvqa', 'the package easy-vqa: pip install easy-vqa'):
         import easy_vqa
     published = 'test' if split == 'test' else 'train'
@@ -159,8 +157,7 @@ def easyvqa_facts(asked: list[tuple[str, str, int]]) -> dict[int, tuple[str, str
     """{image: (colour, shape)} where the questions leave one of each, by image.
 
     Three ways to know without guessing: a direct answer ("what color is the circle?" "red": red, and a
-    circle); a yes, or the no to a negation ("is there not a circle?" "no"); a no to all other values.
-    """
+    circle); a yes, or the no to a negation ("is there not a circle?" "no"); a no to all other values."""
     possible: dict[int, tuple[set, set]] = {}
     for question, answer, image in asked:
         colours, shapes = possible.setdefault(image, (set(COLOURS), set(SHAPES)))
@@ -181,8 +178,7 @@ def easyvqa_facts(asked: list[tuple[str, str, int]]) -> dict[int, tuple[str, str
 def folder(path: Path, split: str) -> Pairs:
     """A folder with metadata.jsonl: one {"file_name": …, "text": …} a line (Hugging Face's imagefolder).
 
-    With subfolders train/, val/, test/, each has its own metadata.jsonl; without, all is for training.
-    """
+    With subfolders train/, val/, test/, each has its own metadata.jsonl; without, all is for training."""
     if not path.is_dir():
         fail(f'--data {path}: no such folder (and not the name "easyvqa")')
     root = path / split if (path / split).is_dir() or split != 'train' else path
@@ -225,8 +221,7 @@ class Chats:
 def load_chats(data: str, split='train', image_root='', captions: bool = False, turns: int = 1) -> Chats:
     """data: 'easyvqa', or a JSON file in LLaVA's format, whose images lie in image_root.
 
-    captions (easyvqa): image and sentence, for the projector; else questions, `turns` to a chat, too.
-    """
+    captions (easyvqa): image and sentence, for the projector; else questions, `turns` to a chat, too."""
     if data != 'easyvqa':
         return llava_json(Path(data), Path(image_root))
     if not captions:
@@ -251,8 +246,7 @@ def describe(colour: str, shape: str) -> list[str]:
 def balanced(asked: list[tuple[str, str]]) -> list[int]:
     """Numbers of yes/no questions, for each text as many yes as no: who never looks is half right.
 
-    asked: (question, answer, …)
-    """
+    asked: (question, answer, …)"""
     of: dict[str, dict[str, list[int]]] = {}
     for n, (question, answer, *_) in enumerate(asked):
         if answer in ('yes', 'no'):
@@ -369,8 +363,6 @@ def resize(image: Image.Image | Tensor, size: int, interpolation: str, resize_mo
     h, w = TF.get_size(image)
     scale = size / max(h, w)
     sides = {'shortest': [size], 'squash': [size, size], 'longest': [round(h * scale), round(w * scale)]}
-    if resize_mode not in sides:
-        raise ValueError(f'resize_mode {resize_mode!r}: must be shortest, squash or longest')
     resized = TF.resize(image, sides[resize_mode], TF.InterpolationMode(interpolation))
     return TF.center_crop(resized, [size, size])
 
@@ -423,8 +415,7 @@ def order(n: int, batch_size: int, steps: range, seed: int, rank: int, world: in
     """Batch sampler: for each step the rank's share of the global batch, as (row, number of the sample).
 
     The stream is epoch after epoch, each a permutation drawn from (seed, epoch) and used to its last sample;
-    step s takes samples s·B … s·B+B−1, rank r the r-th part of them: W ranks see what one process sees.
-    """
+    step s takes samples s·B … s·B+B−1, rank r the r-th part of them: W ranks see what one process sees."""
 
     @functools.lru_cache(2)  # a batch may straddle two epochs
     def permutation(epoch: int) -> list[int]:
@@ -453,12 +444,11 @@ class ChatDataset(torch.utils.data.Dataset):
 
     def __getitem__(self, item: tuple[int, int]) -> 'Sample':
         row, number = item
-        chat = self.chats.chats[row]
-        image = None
-        if chat.image is not None:
-            image = self.cache[chat.image] if chat.image in self.cache else self.fit(read_image(chat.image))
-            if self.chats.augment == 'shapes':
-                image = shift_and_flip(image, generator(self.seed, 'augment', number))
+        chat, image = self.chats.chats[row], None
+        if chat.image in self.cache:
+            image = shift_and_flip(self.cache[chat.image], generator(self.seed, 'augment', number))
+        elif chat.image:
+            image = self.fit(read_image(chat.image))
         return Sample(image, *self.prompt(chat), number)
 
 
@@ -502,10 +492,9 @@ def collate(samples: list[Sample], pad: int, seed: int = 0) -> Batch:
 
 
 # ---------------------------------------------------------------------------------------------------- prompts
-V1_SYSTEM = (
-    'A chat between a curious user and an artificial intelligence assistant. '
-    "The assistant gives helpful, detailed, and polite answers to the user's questions."
-)  # Vicuna's, word for word
+# Vicuna's, word for word
+V1_SYSTEM = 'A chat between a curious user and an artificial intelligence assistant. '
+V1_SYSTEM += "The assistant gives helpful, detailed, and polite answers to the user's questions."
 
 
 class BadTemplate(SystemExit):
@@ -534,8 +523,7 @@ class Prompt:
 
     'plain'  BOS <image> caption newline                                  loss on the caption and the newline
     'v1'     BOS system USER: <image>\\nquestion ASSISTANT: answer EOS …   loss on the answers and their EOS
-    'chat'   the LLM's own template                                       the same
-    """
+    'chat'   the LLM's own template                                       the same"""
 
     def __init__(self, tokenizer: 'LLMTokenizer', style: str, image_tokens: int, max_length: int):
         self.tokenizer, self.style = tokenizer, style
@@ -605,8 +593,7 @@ class Tokenizer:
     'clips'           start w… end pad… [CLS]    ΔCLIP: BERT's WordPiece, pooled at the last token
     'strip_sep_token' start w… pad…              CLIPA: the same, without the end
 
-    pool: where the text tower pools (text_cfg.pool_type).
-    """
+    pool: where the text tower pools (text_cfg.pool_type)."""
 
     def __init__(self, backend: HFTokenizer, context: int, mode: str = 'eot', pool: str = 'argmax'):
         self.backend, self.context, self.mode = backend, context, mode
@@ -733,8 +720,7 @@ class LLMTokenizer:
     """Text → token ids, for a language model. <image> and <pad> are added where it has none.
 
     bos: id that starts every text, or None;  eos: id that ends an answer, ends: all of these (Llama 3 has
-    several); chat_template: its own (Jinja), or None.
-    """
+    several); chat_template: its own (Jinja), or None."""
 
     def __init__(self, backend: HFTokenizer, special: dict, chat_template=None, ends=(), where: str = ''):
         """special: {'bos', 'eos', 'pad': token or None}"""
@@ -745,8 +731,7 @@ class LLMTokenizer:
         for name, token in (('bos', self.bos_token), ('eos', self.eos_token)):
             if (name == 'eos' or token) and (token is None or backend.token_to_id(token) is None):
                 fail(f'{where}: {name}_token {token!r} is not in the tokenizer; see tokenizer_config.json')
-        new = [t for t in (IMAGE, self.pad_token) if backend.token_to_id(t) is None]
-        self.backend.add_special_tokens(new)
+        backend.add_special_tokens([t for t in (IMAGE, self.pad_token) if backend.token_to_id(t) is None])
         self.bos = backend.token_to_id(self.bos_token) if self.bos_token else None
         self.eos, self.pad, self.image = map(backend.token_to_id, (self.eos_token, self.pad_token, IMAGE))
         self.ends = {self.eos, *ends}
@@ -811,10 +796,8 @@ def compiled_template(template: str):
 
 
 # The template of the tiny language model; and v1, which has the system sentence before it.
-SHORT_TEMPLATE = (
-    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}USER: {{ m['content'] }} ASSISTANT:"
-    "{% else %} {{ m['content'] }}{{ eos_token }}{% endif %}{% endfor %}"
-)
+SHORT_TEMPLATE = "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}USER: {{ m['content'] }}"
+SHORT_TEMPLATE += " ASSISTANT:{% else %} {{ m['content'] }}{{ eos_token }}{% endif %}{% endfor %}"
 V1_TEMPLATE = SHORT_TEMPLATE.replace('{{ bos_token }}', '{{ bos_token }}' + V1_SYSTEM + ' ')
 # Before a template that knows mere text: lets it be given a list of images and texts, as transformers does.
 TAKES_PARTS = """{%- set ns = namespace(messages=[]) -%}
@@ -891,16 +874,14 @@ def from_sentencepiece(file: Path) -> HFTokenizer:
 # ------------------------------------------------------------------------------------------- files of weights
 OPEN_CLIP_FILES = ['open_clip_model.safetensors', 'open_clip_pytorch_model.safetensors']
 OPEN_CLIP_FILES += ['open_clip_pytorch_model.bin']
-HF_FILES = ['model.safetensors', 'model.safetensors.index.json']
-HF_FILES += ['pytorch_model.bin', 'pytorch_model.bin.index.json']
+HF_FILES = [file + end for file in ('model.safetensors', 'pytorch_model.bin') for end in ('', '.index.json')]
 
 
 def read_weights(place: Path, names: list[str], rename=str) -> dict[str, Tensor]:
     """All weights of a directory, mapped into memory and read when they are used; nothing in a file is run.
 
     names: of the files, the first that exists counts; an index stands for its shards.  rename: their name →
-    the one wanted here, '' to leave it out.
-    """
+    the one wanted here, '' to leave it out."""
     file = next((place / name for name in names if (place / name).is_file()), None)
     if file is None:
         fail(f'{place} has no weights: none of {", ".join(names)}')
@@ -973,12 +954,9 @@ def model_type(place: Path) -> str | None:
 
 # ---------------------------------------------------------------------------------------------------- the hub
 SMALL_FILES = ['*.json', '*.jinja', '*.txt', 'tokenizer.model']
-WEIGHTS = [  # the first of these that a repository has is fetched
-    ['adapter_model.*', 'non_lora_trainables.bin'],
-    *([name] for name in OPEN_CLIP_FILES),
-    ['model.safetensors', 'model-*.safetensors'],
-    ['pytorch_model*.bin'],
-]
+# the first of these that a repository has is fetched
+WEIGHTS = [['adapter_model.*', 'non_lora_trainables.bin'], *([name] for name in OPEN_CLIP_FILES)]
+WEIGHTS += [['model.safetensors', 'model-*.safetensors'], ['pytorch_model*.bin']]
 
 
 def locate(name: str | os.PathLike, flag: str = '') -> Path:
@@ -1020,7 +998,7 @@ def parse(config_class, doc: str, argv: list[str] | None = None) -> tuple[object
     comments, hints = dict(field_lines), typing.get_type_hints(config_class)
     how = dict(formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS)
     parser = argparse.ArgumentParser(description=doc, allow_abbrev=False, **how)
-    for field in dataclasses.fields(config_class):
+    for field in fields(config_class):
         hint, inner = hints[field.name], typing.get_args(hints[field.name])
         if typing.get_origin(hint) is typing.Literal:
             how = {'choices': [value for value in inner if value]}
@@ -1036,18 +1014,18 @@ def parse(config_class, doc: str, argv: list[str] | None = None) -> tuple[object
 
 
 # -------------------------------------------------------------------------------------------------- processes
-def start_processes(patience=None) -> tuple[int, int, torch.device]:
+def start_processes(hours: int | None = None) -> tuple[int, int, torch.device]:
     """(rank, world size, device), from torchrun's environment if there is one. gloo on CPUs, NCCL on GPUs.
 
-    patience: how long a rank waits for the others (a timedelta); default: torch's, minutes.
-    """
+    hours: that a rank waits for the others; default: torch's, minutes."""
     keep_freed_memory()
     device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
     if 'RANK' in os.environ:
         if device.type == 'cuda':
             device = torch.device('cuda', int(os.environ['LOCAL_RANK']))
             torch.cuda.set_device(device)
-        dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo', timeout=patience)
+        backend = 'nccl' if device.type == 'cuda' else 'gloo'
+        dist.init_process_group(backend, timeout=hours and timedelta(hours=hours))
     return *rank_and_world(), device
 
 
@@ -1074,17 +1052,14 @@ def keep_freed_memory() -> None:
 @functools.cache  # what is running, whatever happens to the files meanwhile
 def commit() -> str:
     """Short hash of this code's commit, with '-dirty' where the code differs from it."""
-    command = ['git', 'describe', '--always', '--dirty', '--exclude', '*']
-    try:
-        found = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
-        return found.stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return 'unknown'
+    command = "git describe --always --dirty --exclude '*'"
+    found = subprocess.run(command, shell=True, cwd=Path(__file__).parent, capture_output=True, text=True)
+    return found.stdout.strip() or 'unknown'
 
 
 def versions() -> dict[str, str]:
-    found = {'torch': torch.__version__, 'torchvision': torchvision.__version__, 'numpy': np.__version__}
-    return {'python': platform.python_version(), **found}
+    libraries = {library.__name__: library.__version__ for library in (torch, torchvision, np)}
+    return {'python': platform.python_version(), **libraries}
 
 
 # ---------------------------------------------------------------------------------------------- run directory
@@ -1094,8 +1069,7 @@ FREE_ON_RESUME = set('out resume workers compile log_every save_every chat'.spli
 def write(path: Path, content, kept_as: str = '') -> None:
     """Writes beside, fsyncs, renames: a file is the old one or the new one, never half. Disk full: says so.
 
-    content: a text, or a function that is given the path to write to.  kept_as: name for the old file
-    """
+    content: a text, or a function that is given the path to write to.  kept_as: name for the old file"""
     beside = path.with_name(path.name + '.tmp')
     try:
         beside.write_text(content, encoding='utf-8') if isinstance(content, str) else content(beside)
@@ -1106,7 +1080,7 @@ def write(path: Path, content, kept_as: str = '') -> None:
         os.replace(beside, path)
     except Exception as e:  # torch.save and safetensors raise their own kinds for a full disk
         beside.unlink(missing_ok=True)
-        fail(f'cannot write {path}: {e}. What was saved before is intact; free some space, then go on')
+        fail(f'cannot write {path}: {e}. The last save is intact; free space, then --resume or repeat')
 
 
 def is_run(out: Path) -> bool:
@@ -1137,17 +1111,15 @@ def open_run(cfg, given: set[str]) -> tuple[dict | None, object]:
         if state is None and any((out / name).exists() for name in (OPEN_CLIP_FILES[0], HF_FILES[0])):
             fail(f'--out {out} holds a model but no train_state.pt to go on from: give another --out')
         old = state['config'] if state else read_json(out / 'train_config.json', f'--out {out}')['config']
-    fields = {f.name for f in dataclasses.fields(cfg)}
-    if unknown := sorted(set(old) - fields):
-        theirs = f'--{", --".join(unknown[:3])}'
-        fail(f'--resume: the run in {out} is not of this stage, or not of this version (it has {theirs})')
-    for name in (given if cfg.resume else fields) & set(old) - FREE_ON_RESUME:  # restarted: it is this run
+    known = {f.name for f in fields(cfg)}
+    if unknown := sorted(set(old) - known):
+        fail(f'--resume: the run in {out} is not of this stage, or of another version: it has --{unknown[0]}')
+    for name in (given if cfg.resume else known) & set(old) - FREE_ON_RESUME:  # restarted: it is this run
         if getattr(cfg, name) not in (old[name], None):
-            theirs = f'the run in {out} has {old[name]}; leave the flag out to continue it'
-            fail(f'--{name} {getattr(cfg, name)}: {theirs}')
+            fail(f'--{name} {getattr(cfg, name)}: the run in {out} has {old[name]}; leave it out to continue')
     kept = {name: value for name, value in old.items() if name not in given | {'out', 'resume'}}
-    cfg = dataclasses.replace(cfg, **kept, resume=False)
-    settings = {name: v for name, v in dataclasses.asdict(cfg).items() if name not in FREE_ON_RESUME}
+    cfg = replace(cfg, **kept, resume=False)
+    settings = {name: v for name, v in asdict(cfg).items() if name not in FREE_ON_RESUME}
     first, *others = gather_objects((state and state['step'], settings))
     if any(theirs != first for theirs in others):  # without a file system that all ranks share
         fail(f'--out {out}: the ranks found different checkpoints or settings there')
@@ -1171,7 +1143,7 @@ def load_state(out: Path) -> dict | None:
 
 def write_settings(cfg, updates: int = 0) -> dict:
     """train_config.json, by which a folder is known to be a run.   updates: of the model exported there"""
-    about = {'config': dataclasses.asdict(cfg), 'commit': commit(), 'versions': versions()}
+    about = {'config': asdict(cfg), 'commit': commit(), 'versions': versions()}
     about |= {'processes': rank_and_world()[1], 'updates': updates}
     with reading(f'--out {cfg.out}', 'a folder that can be made'):
         Path(cfg.out).mkdir(parents=True, exist_ok=True)
@@ -1182,11 +1154,10 @@ def write_settings(cfg, updates: int = 0) -> dict:
 class Run:
     """What happens around the steps of either stage: first output, log lines, checkpoints, signals.
 
-    facts: what is trained on what, and what an update costs, for the first output
-    """
+    facts: what is trained on what, and what an update costs, for the first output"""
 
     def __init__(self, cfg, first_step: int, steps: int, facts: str, device: torch.device):
-        self.cfg, self.steps, self.device = cfg, steps, device
+        self.cfg, self.steps = cfg, steps
         self.out, self.saved_step, self.started, self.signal = Path(cfg.out), first_step, time.time(), 0
         self.rank, self.world = rank_and_world()
         self.last_log, self.last_lap = (self.started, first_step), 0.0
@@ -1236,9 +1207,8 @@ class Run:
         self.saved_step = step
         if self.rank > 0:
             return
-        state = {'step': step, 'config': dataclasses.asdict(self.cfg), **state}
-        file, previous = self.out / 'train_state.pt', 'previous_train_state.pt'
-        write(file, lambda beside: torch.save(state, beside), kept_as=previous)
+        state = {'step': step, 'config': asdict(self.cfg), **state}
+        write(self.out / 'train_state.pt', lambda f: torch.save(state, f), kept_as='previous_train_state.pt')
 
     def write_card(self, text: str) -> None:
         """Once: what is written into it afterwards, by eval.py or by hand, stays."""
@@ -1246,8 +1216,8 @@ class Run:
             write(self.out / 'README.md', text)
 
     def kept(self) -> str:
-        step = self.saved_step
-        return f'the checkpoint after update {step} is kept' if step else 'nothing was saved yet'
+        kept = f'the checkpoint after update {self.saved_step} is kept'
+        return kept if self.saved_step else 'nothing was saved yet'
 
     def read(self, batches):
         """The batches; an image that cannot be decoded ends the run with its name."""
@@ -1268,11 +1238,7 @@ class Run:
 
     def asked_to_stop(self) -> int:
         """The signal that any of the ranks got, or 0."""
-        if self.world == 1:
-            return self.signal
-        received = torch.tensor(self.signal, device=self.device)
-        dist.all_reduce(received, dist.ReduceOp.MAX)
-        return int(received)
+        return max(gather_objects(self.signal))
 
     def leave(self, step: int, number: int) -> None:
         """After a signal, when everything is saved."""
@@ -1295,8 +1261,3 @@ class Run:
         if dist.is_initialized():
             dist.barrier()
             dist.destroy_process_group()
-
-
-if __name__ == '__main__':
-    for split in ('train', 'val', 'test'):
-        print(load_pairs('easyvqa', split).note)

@@ -32,7 +32,6 @@ import textwrap
 import time
 from collections import Counter
 from dataclasses import dataclass, field, replace
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from statistics import fmean, stdev
@@ -42,7 +41,6 @@ from typing import Callable, NamedTuple
 import data  # before torch: it says how threads wait
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
 from huggingface_hub import EvalResult, ModelCard
@@ -211,6 +209,11 @@ def climb(logits, images: Images, rows: Tensor, eps: float, start: Tensor) -> Te
     return found
 
 
+def never_done(classifier, loss, y: Tensor):
+    """For an attack to the highest loss, and not to the first success.   loss: (logits, labels) → [b]"""
+    return lambda x, rows: (loss(classifier(x), y[rows]), y[rows] < 0)
+
+
 def ranks(logits, x: Tensor, y: Tensor, batch_size: int) -> list[int]:
     """How many classes are ahead of the right one, 0: correct. Of equals the first is ahead, as in argmax."""
     found = []
@@ -332,22 +335,17 @@ class Retrieval(ZeroShot):
         texts = list(dict.fromkeys(caption for i in numbers for caption in captions[i]))
         if len(texts) < 2:
             data.fail(f'--data {args.data[0]}: {len(texts)} different caption; retrieval needs at least 2')
-        place = {text: t for t, text in enumerate(texts)}
-        self.own = {i: [place[caption] for caption in captions[i]] for i in numbers}
+        place, self.row = ({one: i for i, one in enumerate(of)} for of in (texts, numbers))
+        self.right = torch.zeros(len(numbers), len(texts), dtype=torch.bool)  # whose text it is
+        for i in numbers:
+            self.right[self.row[i], [place[caption] for caption in captions[i]]] = True
         self.text = classifier.embed_texts(texts)  # [texts, D]
 
     def item(self, number: int) -> tuple[Tensor, int]:
         return self.classifier.pixels(self.image(number)), len(self.text)
 
-    def right(self, numbers: list[int]) -> Tensor:
-        """bool [images, texts]: which texts are captions of the image"""
-        mask = torch.zeros(len(numbers), len(self.text), dtype=torch.bool, device=self.text.device)
-        for i, number in enumerate(numbers):
-            mask[i, self.own[number]] = True
-        return mask
-
     def logits(self, images: Images, x: Tensor, rows: Tensor) -> Tensor:
-        right = self.right([images.numbers[i] for i in rows.tolist()])
+        right = self.right[[self.row[images.numbers[i]] for i in rows.tolist()]].to(x.device)
         z = 100 * self.classifier.embed(x) @ self.text.T
         nearest = z.masked_fill(~right, -math.inf).amax(1, keepdim=True)
         return torch.cat([z.masked_fill(right, -math.inf), nearest], 1)
@@ -355,9 +353,9 @@ class Retrieval(ZeroShot):
     def beside(self, images: Images, x: Tensor):
         return torch.cat([self.classifier.embed(part) for part in x.split(self.args.batch_size)]).cpu()
 
-    def images_ahead(self, numbers: list[int], embedded: Tensor) -> list[int]:
+    def images_ahead(self, embedded: Tensor) -> list[int]:
         """Of each text: how many images are ahead of the nearest of its own.   embedded: [images, D]"""
-        similarity, right = self.text.cpu() @ embedded.T, self.right(numbers).T.cpu()  # [texts, images]
+        similarity, right = self.text.cpu() @ embedded.T, self.right.T  # [texts, images]
         nearest = similarity.masked_fill(~right, -math.inf).amax(1, keepdim=True)
         return (~right & (similarity >= nearest)).sum(1).tolist()
 
@@ -373,7 +371,7 @@ def retrieval(args) -> Report:
         task = Retrieval(args, Classifier(path, args.device, args.native), images, numbers)
         for eps, found in measure(args, task, numbers, [0.0, *args.eps], Path(path).name).items():
             texts_ahead = [found[i][0] for i in numbers]
-            images_ahead = task.images_ahead(numbers, torch.stack([found[i][1] for i in numbers]))
+            images_ahead = task.images_ahead(torch.stack([found[i][1] for i in numbers]))
             common = about(args, path, eps)
             for way, ahead in (('image→text', texts_ahead), ('text→image', images_ahead)):
                 rows += [row(common, f'{way} R@{k}', [a < k for a in ahead]) for k in (1, 5, 10)]
@@ -455,23 +453,16 @@ def targeted_grid(args, images: 'ClassSet', number: int) -> None:
     image, label = images.item(number)
     goal = another_class(images, number, label, args.seed)
     goal = images.classes.index(args.target) if args.target else goal
-    lines = [[] for _ in args.grid_eps]
+    y, lines = torch.tensor([goal], device=args.device), [[] for _ in args.grid_eps]
     for path in args.dirs:
         classifier = Classifier(path, args.device).embed_classes(images.classes, images.templates)
-        x = classifier.pixels(image)
+        x, loss = classifier.pixels(image), never_done(classifier, lambda z, to: -attacks.margin(z, to), y)
         for line, eps in zip(lines, args.grid_eps):
-            x_adv = towards(classifier, x[None], goal, eps / 255)[0]
+            x_adv = attacks.apgd(loss, x[None], eps / 255, iterations=200).images[0]
+            attacks.check(x, x_adv, eps / 255)
             before, after = (images.classes[int(classifier(z[None]).argmax())] for z in (x, x_adv))
             line += [(x, f'{Path(path).name}: {before}'), *changed(x, x_adv, eps, after)]
     pictures(Path(args.grid), lines, f'towards “{images.classes[goal]}”')
-
-
-def towards(classifier: Classifier, x: Tensor, goal: int, eps: float) -> Tensor:
-    """Not to the first success: to the highest loss."""
-    y = torch.tensor([goal], device=x.device)
-    found = attacks.apgd(lambda z, rows: (-attacks.margin(classifier(z), y), y < 0), x, eps, iterations=200)
-    attacks.check(x, found.images, eps)
-    return found.images
 
 
 def show(args) -> Report:
@@ -683,8 +674,9 @@ def vqa(args) -> Report:
 
 def pope(args) -> Report:
     """Hallucination: is there …? F1, how often the answer is yes, … --data: 'easyvqa', or a file of POPE."""
-    questions = pope_set(args.data[0], args.split, args.image_root)
-    return quiz(args, 'POPE', questions, {'yes/no': list(range(len(questions)))}, pope_accuracy)
+    asked = pope_set(args.data[0], args.split, args.image_root)
+    groups = {'yes/no': list(range(len(asked)))}
+    return quiz(args, 'POPE', asked, groups, lambda a, references: pope_scores([a], references)['accuracy'])
 
 
 def sqa(args) -> Report:
@@ -834,7 +826,7 @@ class Audit:
         yield 'Square not stronger than white box', white <= square + slack, figure
         holds, figure = None, 'no other run was given; name a second DIR, or --transfer_from DIR'
         if self.source:
-            loss, start = partial(self.never_done, self.source, attacks.margin), self.starts(eps, 'transfer')
+            loss, start = never_done(self.source, attacks.margin, y), self.starts(eps, 'transfer')
             found = attacks.apgd(loss, x, eps, start, self.iterations, **self.how)
             transfer = self.share(correct & self.correct(found.images, y))
             holds, figure = white <= transfer + slack, f'ensemble {p(white)}, transfer {p(transfer)} %'
@@ -867,12 +859,8 @@ class Audit:
         logits, label = self.classifier(z), self.y[rows[idx]]
         return attacks.margin(logits, label), logits.argmax(1) != label
 
-    def never_done(self, classifier, loss, z: Tensor, idx: Tensor) -> tuple[Tensor, Tensor]:
-        """For an attack that goes on to the highest loss.   loss: (logits, labels) → [b]"""
-        return loss(classifier(z), self.y[idx]), self.y[idx] < 0
-
     def gradient(self, loss, x: Tensor) -> Tensor:
-        of = partial(self.never_done, self.classifier, loss)
+        of = never_done(self.classifier, loss, self.y)
         return attacks.evaluate(of, x, self.rows, self.args.batch_size)[2]
 
     def error_of_differences(self) -> float:
@@ -920,8 +908,7 @@ CONTRACTIONS = {
 
 def normalise_answer(text: str) -> str:
     """Punctuation, number words, articles, contractions.   official: GT-Vision-Lab/VQA vqaEval.py"""
-    text = text.replace('\n', ' ').replace('\t', ' ').strip()
-    out = text
+    out = text = text.replace('\n', ' ').replace('\t', ' ').strip()
     # a mark is dropped where one of its kind is beside a space, or where a 1,000 is; else it becomes a space
     for mark in ';/[]"{}()=+\\_-><@`,?!':
         beside = f'{mark} ' in text or f' {mark}' in text or re.search(r'\d,\d', text)
@@ -948,10 +935,6 @@ def letter_accuracy(answer: str, references: list[str]) -> float:
     found = re.match(r'\(?([A-Z])\)?\.?$', answer) or re.match(r'([A-Z])\. ', answer)
     named = [found[1]] if found else re.findall(r'The answer is ([A-Z])\b', answer)
     return float(named == references)
-
-
-def pope_accuracy(answer: str, references: list[str]) -> float:
-    return pope_scores([answer], references)['accuracy']
 
 
 def pope_scores(answers: list[str], labels: list[str]) -> dict[str, float]:
@@ -1041,13 +1024,11 @@ def both(prefixes: str, before: str = '', behind: str = '') -> list[str]:
 # The prompts that OpenAI published with CLIP (their notebook and data/prompts.md), ordered by their pattern.
 TEMPLATES = {
     'imagenet': [
-        *both(
-            'a bad photo of, a sculpture of, a low resolution photo of, a rendering of, graffiti of, '
-            'a cropped photo of, a tattoo of, a bright photo of, a dark photo of, a drawing of, '
-            'a close-up photo of, a black and white photo of, a painting of, a pixelated photo of, '
-            'a jpeg corrupted photo of, a blurry photo of, a photo of, a good photo of, a doodle of, '
-            'a sketch of, a rendition of, art of, itap of'
-        ),
+        *both('a bad photo of, a sculpture of, a low resolution photo of, a rendering of, graffiti of'),
+        *both('a cropped photo of, a tattoo of, a bright photo of, a dark photo of, a drawing of'),
+        *both('a close-up photo of, a black and white photo of, a painting of, a pixelated photo of'),
+        *both('a jpeg corrupted photo of, a blurry photo of, a photo of, a good photo of, a doodle of'),
+        *both('a sketch of, a rendition of, art of, itap of'),
         *both('', 'embroidered, plastic, origami, toy, cartoon, plushie'),
         *both('a photo of', 'hard to see, clean, dirty, cool, large, nice, weird, small'),
         *('a {c} in a video game.', 'the {c} in a video game.', 'a photo of many {c}.', 'a photo of my {c}.'),
@@ -1107,26 +1088,22 @@ def read_lines(file: Path, what: str) -> list[str]:
     return lines
 
 
-def of_files(files: list[Path], labels: list[int], *others) -> ClassSet:
-    return ClassSet(len(files), lambda i: (data.read_image(files[i]), labels[i]), *others)
-
-
 def captions_as_classes(name: str, split: str) -> ClassSet:
     """easyvqa: all its colours and shapes, as 'a red circle'. A folder: the captions that it has."""
     pairs, easy = data.load_pairs(name, split), name == 'easyvqa'
     classes = [f'{c} {s}' for c in data.COLOURS for s in data.SHAPES] if easy else sorted(set(pairs.captions))
     template = 'a {c}' if easy else '{c}'
     label = {template.replace('{c}', c): i for i, c in enumerate(classes)}
-    return of_files(pairs.files, [label[c] for c in pairs.captions], classes, [template], pairs.note)
+    of, labels = pairs.files, [label[c] for c in pairs.captions]
+    return ClassSet(len(of), lambda i: (data.read_image(of[i]), labels[i]), classes, [template], pairs.note)
 
 
 class Shards:
     """Samples in tar files, the webdataset convention: files of one name and several endings are one sample.
-    Only the headers are read at first, the contents when they are asked for, in any order."""
+    Only the headers are read at first, the contents when asked for, in any order; 10.tar is after 9.tar."""
 
     def __init__(self, folder: Path):
         found: dict[tuple[Path, str], dict] = {}  # {(tar, key): {ending: (offset, size)}}
-        # 10.tar comes after 9.tar
         tars = sorted(folder.glob('*.tar'), key=lambda p: re.sub(r'\d+', lambda n: n[0].zfill(9), p.name))
         said = folder / 'nshards.txt'
         if said.is_file() and (text := said.read_text().strip()) != str(len(tars)):
@@ -1136,8 +1113,7 @@ class Shards:
                 for member in filter(tarfile.TarInfo.isfile, archive):
                     where, slash, file = member.name.rpartition('/')
                     key, _, ending = file.partition('.')
-                    files = found.setdefault((tar, where + slash + key), {})
-                    files[ending] = member.offset_data, member.size
+                    found.setdefault((tar, where + slash + key), {})[ending] = member.offset_data, member.size
         self.samples = list(found.items())
 
     def read(self, number: int, endings: tuple[str, ...]) -> tuple[bytes, str]:
@@ -1173,11 +1149,10 @@ def image_folder(path: Path, split: str, classes: list[str]) -> ClassSet:
     """A folder for each class, in SPLIT/ where there is one; line i of classnames.txt names the i-th"""
     root = path / split if (path / split).is_dir() else path
     with data.reading(f'--data {path}, split {split}', f'*.tar, or images in subfolders of {root}'):
-        found = torchvision.datasets.ImageFolder(root, allow_empty=True)
-        files, labels = zip(*found.samples)
+        found = torchvision.datasets.ImageFolder(root, loader=data.read_image, allow_empty=True)
     if len(classes) != len(found.classes):
         data.fail(f'class names have {len(classes)} lines; {root} has {len(found.classes)} folders of images')
-    return of_files(files, labels, classes, TEMPLATES['imagenet'], f'{root}')
+    return ClassSet(len(found), found.__getitem__, classes, TEMPLATES['imagenet'], f'{root}')
 
 
 def from_torchvision(name: str, split: str, root: str, download: bool) -> ClassSet:
@@ -1386,7 +1361,7 @@ def curves(file: Path, report: Report) -> None:
     axes.set_title(title, fontsize=10, wrap=True)
     axes.legend()
     axes.grid(alpha=0.3)
-    save(figure, file)
+    data.write(file, partial(figure.savefig, dpi=150, format=file.suffix[1:]))
 
 
 def changed(x: Tensor, x_adv: Tensor, eps: float, says: str) -> list[tuple[Tensor, str]]:
@@ -1405,12 +1380,7 @@ def pictures(file: Path, lines: list[list[tuple[Tensor, str]]], title: str) -> N
         place.set_title(textwrap.fill(text, 28), fontsize=8)
         place.axis('off')
     figure.suptitle(title, fontsize=10)
-    save(figure, file)
-
-
-def save(figure, file: Path) -> None:
-    # the name of the file beside has no ending that matplotlib knows, so the format is told
-    data.write(file, lambda beside: figure.savefig(beside, dpi=150, format=file.suffix[1:]))
+    data.write(file, partial(figure.savefig, dpi=150, format=file.suffix[1:]))
 
 
 def as_json(report: dict) -> str:
@@ -1592,16 +1562,15 @@ def wrong_flags(args):
 
 def main(args: argparse.Namespace) -> int:
     """Runs the command; returns the exit code."""
-    started, patience = time.time(), timedelta(days=7)  # one process may have the harder images
-    args.rank, args.world, args.device = data.start_processes(patience)
+    begin = time.time()
+    args.rank, args.world, args.device = data.start_processes(hours=168)  # one may have the harder images
     try:
         runs = [p for p in map(Path, args.dirs) if data.is_run(p) and args.command != 'show']
         updates = {run: data.updates_of(run) for run in runs}  # now: a training may save others meanwhile
         report = {'command': shlex.join(['python', 'eval.py', *sys.argv[1:]]), 'commit': data.commit()}
         found = args.run(args)
         report |= {'versions': data.versions(), 'device': str(args.device), 'processes': args.world}
-        report |= {'seed': args.seed, 'seconds': time.time() - started}
-        report |= {'rows': found.rows, 'outcomes': found.outcomes}
+        report |= dict(seed=args.seed, seconds=time.time() - begin, rows=found.rows, outcomes=found.outcomes)
         if args.rank == 0:
             print(textwrap.fill(found.title, 120, break_on_hyphens=False), flush=True)
             table(found.rows, found.down, found.across)
@@ -1614,8 +1583,8 @@ def main(args: argparse.Namespace) -> int:
     except data.BadImage as e:
         data.fail(str(e))
     finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
     return int(any(r.get('verdict') == 'FAIL' for r in found.rows))
 
 

@@ -24,15 +24,13 @@ Pixels are float32 in [0, 1] everywhere outside the image tower, ε and α in 1/
 """
 
 import contextlib
-import dataclasses
 import functools
 import hashlib
 import json
 import math
 import re
 import sys
-from dataclasses import dataclass
-from datetime import timedelta
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal
 
@@ -131,8 +129,7 @@ class Linear(nn.Linear):
 def drop(x: Tensor, keys: Tensor, start: int, p: float) -> Tensor:
     """Dropout as a function of (key of the sample, token, channel): the same in any batch, rank, device.
 
-    x: [B, T, C].  keys: int32 [B].  A hash of 32 bits (xor, shift, multiply, twice) for a generator.
-    """
+    x: [B, T, C].  keys: int32 [B].  A hash of 32 bits (xor, shift, multiply, twice) for a generator."""
     tokens = torch.arange(start, start + x.shape[1], dtype=torch.int32, device=x.device)
     channels = torch.arange(x.shape[2], dtype=torch.int32, device=x.device) * -1640531527  # 2³²/golden ratio
     h = mix(mix(keys)[:, None] + tokens)[:, :, None] + channels
@@ -240,8 +237,7 @@ class Llama(nn.Module):
         """Token embeddings [B, T, W] → what the head reads, [B, T − start, W].
 
         start: the first token that is asked for; the last layer computes no more than that. Sequences are
-        padded on the right, where the causal mask keeps the padding from being seen.  keys: for dropout.
-        """
+        padded on the right, where the causal mask keeps the padding from being seen.  keys: for dropout."""
         rope = self.rope(torch.arange(x.shape[1], device=x.device) if cache is None else cache.positions)
         *first, last = self.model.layers
         for layer in first:
@@ -293,8 +289,7 @@ class LLaVA(nn.Module):
     """Image tower → projector → among the LLM's tokens, in place of <image>.   Liu et al., arXiv 2310.03744
 
     clip_cfg, preprocess: what made the ViT.  style: of the prompt, see data.Prompt; '' if not known.
-    pad: whether images are padded to a square (with the mean colour) or cropped.
-    """
+    pad: whether images are padded to a square (with the mean colour) or cropped."""
 
     def __init__(self, visual, clip_cfg, preprocess, llm: Llama, image_id: int, style='', pad: bool = True):
         super().__init__()
@@ -303,10 +298,8 @@ class LLaVA(nn.Module):
         if hasattr(visual, 'proj'):
             del visual.proj  # into CLIP's shared space; of no use here
         width = llm.cfg.hidden_size
-        self.projector = nn.Sequential()
-        self.projector.add_module('linear_1', nn.Linear(visual.class_embedding.shape[0], width))
-        self.projector.add_module('gelu', nn.GELU())
-        self.projector.add_module('linear_2', nn.Linear(width, width))
+        linear_1, linear_2 = nn.Linear(visual.class_embedding.shape[0], width), nn.Linear(width, width)
+        self.projector = nn.ModuleDict({'linear_1': linear_1, 'linear_2': linear_2})
 
     @property
     def image_tokens(self) -> int:
@@ -324,8 +317,9 @@ class LLaVA(nn.Module):
             z = self.visual.embed(images)
             for block in self.visual.transformer.resblocks[:-1]:  # of block N−1, and so block N is never run
                 z = block(z, causal=False)
-            z = self.projector(z[:, 1:])  # the patches, without the class token; no final LayerNorm
-            x = x.index_put(torch.where(ids == self.image_id), z.flatten(0, 1).to(x.dtype))
+            z = F.gelu(self.projector.linear_1(z[:, 1:]))  # the patches, no class token; no final LayerNorm
+            z = self.projector.linear_2(z).flatten(0, 1)
+            x = x.index_put(torch.where(ids == self.image_id), z.to(x.dtype))
         return x
 
     def logits(self, images: Tensor, batch: data.Batch, keys: Tensor | None = None) -> Tensor:
@@ -346,8 +340,7 @@ class LLaVA(nn.Module):
 def generate(model: LLaVA, images: Tensor, prompts: list[list[int]], max_new: int, ends) -> list[list[int]]:
     """Greedy answers, as token ids without the end.
 
-    images: float32 [m, 3, S, S] in [0, 1], of the prompts that have one.  ends: ids that end an answer.
-    """
+    images: float32 [m, 3, S, S] in [0, 1], of the prompts that have one.  ends: ids that end an answer."""
     llm, lengths = model.llm, [len(p) for p in prompts]
     device, longest = llm.lm_head.weight.device, max(lengths)
     ids = torch.tensor([p + [0] * (longest - len(p)) for p in prompts], device=device)
@@ -375,7 +368,7 @@ def main(cfg: Config, given: set[str]) -> None:
     """Trains.   given: names of the settings that the user chose; data.parse makes both"""
     if cfg.chat:
         return chat(cfg)
-    rank, world, device = data.start_processes(timedelta(hours=2))  # rank 0 may have an LLM to train
+    rank, world, device = data.start_processes(hours=2)  # rank 0 may have an LLM to train
     state, cfg = data.open_run(cfg, given)
     check_config(cfg, given, world)
     first_step = state['step'] if state else 0
@@ -574,11 +567,7 @@ def chat(cfg: Config) -> None:
         print(answer, flush=True)
 
 
-# ============================================================================================================
-# Below: the tiny language model, and a model's files. Nothing of the method is hidden here.
-# ============================================================================================================
-
-
+# ================ below: the tiny language model, a model's files; nothing of the method is hidden here
 # --------------------------------------------------------------------------------------------- making a model
 def build(cfg: Config, state: dict | None, rank: int, device) -> tuple[LLaVA, data.LLMTokenizer]:
     """The image tower of --init (or the checkpoint), the LLM of --llm, a new projector; or a whole LLaVA."""
@@ -705,8 +694,7 @@ def tiny_llm_texts(cfg: Config, g: torch.Generator):
     early: questions without negation, since "is there a red shape" and "is there not a red shape" have
     opposite answers, and together teach a beginner nothing.  late: all questions, and, in one of ten
     conversations, no description: which answers a question has, and how often, is all that one who never
-    looks can know.
-    """
+    looks can know."""
     source, root = cfg.data_a or cfg.data, cfg.image_root_a or cfg.image_root
     pictured = data.load_chats(source, 'train', root, captions=True).chats
     whole = data.load_chats(cfg.data, 'train', cfg.image_root, turns=1 << 30).chats  # one for each image
@@ -715,9 +703,8 @@ def tiny_llm_texts(cfg: Config, g: torch.Generator):
         captions.setdefault(chat.image, []).append(chat.turns[0][1])
 
     def described(chat: data.Chat, turns: list[tuple[str, str]], bare_too: bool) -> list[tuple[str, str]]:
-        of = []
-        if chat.image and not (bare_too and draw(10, g) == 0):
-            of = captions.get(chat.image, [])
+        bare = not chat.image or bare_too and draw(10, g) == 0
+        of = [] if bare else captions.get(chat.image, [])
         turns = [(q.replace(f'{data.IMAGE}\n', '').replace(data.IMAGE, ''), a) for q, a in turns]
         return [(f'{of[draw(len(of), g)]}\n{turns[0][0]}', turns[0][1]), *turns[1:]] if of else turns
 
@@ -772,7 +759,7 @@ ROPE_NEEDS['llama3'] = ['factor', 'low_freq_factor', 'high_freq_factor', 'origin
 
 
 def llama_cfg(config: dict, where: str) -> LlamaCfg:
-    given = {f.name: config[f.name] for f in dataclasses.fields(LlamaCfg) if config.get(f.name) is not None}
+    given = {f.name: config[f.name] for f in fields(LlamaCfg) if config.get(f.name) is not None}
     rope = dict(config.get('rope_parameters') or config.get('rope_scaling') or {})  # of transformers 5, 4
     given['rope_theta'] = rope.pop('rope_theta', given.get('rope_theta', 10000.0))
     kind = rope.pop('rope_type', rope.pop('type', 'default'))
@@ -791,8 +778,7 @@ def llama_cfg(config: dict, where: str) -> LlamaCfg:
 def load_llm(path: str, dtype: torch.dtype) -> tuple[Llama, data.LLMTokenizer]:
     """A directory or a repository id → (Llama, tokenizer). The embedding grows for <image> and <pad>.
 
-    The model is made without memory, then filled, so that no second copy of the weights is ever held.
-    """
+    The model is made without memory, then filled, so that no second copy of the weights is ever held."""
     place = data.locate(path, '--llm')
     config, tokenizer = data.read_json(place / 'config.json', f'--llm {path}'), data.read_llm_tokenizer(place)
     weights = data.read_weights(place, data.HF_FILES, rename=lambda n: '' if 'rotary_emb.inv' in n else n)
@@ -853,12 +839,10 @@ def save_llava(model: LLaVA, tokenizer: data.LLMTokenizer, out: Path, max_length
         if isinstance(layer, Linear):
             weights[f'llm.{name}.weight'] = layer.merged()
     weights = clip_adv.weights_to_hf(weights, functools.partial(hf_llava_names, plain_tower=bool(wrong)))
-    processor = {'processor_class': 'LlavaProcessor', 'patch_size': model.visual.patch}
-    processor |= {'vision_feature_select_strategy': 'default', 'num_additional_image_tokens': 1}
-    processor |= {'image_token': data.IMAGE}
+    processor = dict(processor_class='LlavaProcessor', image_token=data.IMAGE, num_additional_image_tokens=1)
+    processor |= dict(patch_size=model.visual.patch, vision_feature_select_strategy='default')
     how = clip_adv.hf_preprocessor(model.preprocess, model.visual.size, 'LlavaProcessor', model.pad)
-    ends = {'bos_token_id': tokenizer.bos, 'pad_token_id': tokenizer.pad}
-    ends['eos_token_id'] = sorted(tokenizer.ends)
+    ends = dict(bos_token_id=tokenizer.bos, pad_token_id=tokenizer.pad, eos_token_id=sorted(tokenizer.ends))
     template = data.V1_TEMPLATE if model.style == 'v1' else tokenizer.chat_template
     if template and not template.startswith(data.TAKES_PARTS):
         if model.style == 'v1' or not tokenizer.takes_parts:  # transformers gives it a list
@@ -905,8 +889,7 @@ def load_llava(path: str, dtype: torch.dtype = torch.float32) -> tuple[LLaVA, da
 
     path: a run directory; any LLaVA directory of Hugging Face's format with a CLIP tower and a Llama or
     Qwen2; adapters as the authors of Δ²LLaVA publish them; or a repository id of such.  dtype: of the LLM;
-    the rest is float32.
-    """
+    the rest is float32."""
     place = data.locate(path)
     if (place / ADAPTERS).is_file():
         return load_adapters(place, dtype)
@@ -925,7 +908,7 @@ def load_llava(path: str, dtype: torch.dtype = torch.float32) -> tuple[LLaVA, da
     plain = vision.get('model_type') == 'open_clip_vit'
     check_settings(vision, {'model_type': ['clip_vision_model', 'open_clip_vit']}, f'{file}: vision_config')
     if not plain:
-        tower, quick_gelu = clip_adv.tower_from_hf(clip_adv.VisionCfg, vision, f'{file}: vision_config')
+        tower, quick_gelu = clip_adv.tower_from_hf(clip_adv.VisionCfg, config, file)
         clip_cfg = clip_adv.ClipCfg(tower, quick_gelu=quick_gelu, embed_dim=vision.get('projection_dim', 512))
         preprocess, pad = clip_adv.preprocess_from_hf(place, tower.image_size)
         vision = clip_adv.open_clip_config(clip_cfg, preprocess)
@@ -1036,10 +1019,8 @@ def tower_of_adapters(place: Path, config: dict, weights: dict[str, Tensor]):
 
 # -------------------------------------------------------------------------------------- what is said of a run
 HUB_HEADER = 'library_name: transformers\npipeline_tag: image-text-to-text\ntags:\n- llava'
-LOAD = [
-    "transformers.LlavaForConditionalGeneration.from_pretrained('RUN')",
-    'python llava_adv.py --init RUN --chat IMAGE',
-]
+LOAD = ["transformers.LlavaForConditionalGeneration.from_pretrained('RUN')"]
+LOAD += ['python llava_adv.py --init RUN --chat IMAGE']
 
 
 def arithmetic(cfg: Config, plan: list, model: LLaVA, world: int) -> str:

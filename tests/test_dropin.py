@@ -432,7 +432,7 @@ def test_what_does_not_fit_is_listed(tmp_path):
         ),
         ('config', dict(num_attention_heads=3), '3 heads do not divide'),
         ('config', dict(patch_size=7), '32 / 7'),
-        ('config', dict(image_size=[32, 32]), r'image_size is \[32, 32\]; supported: a whole number'),
+        ('config', dict(image_size=[32, 32]), r'image_size is \[32, 32\]; supported: int'),
         ('config', dict(layer_norm_eps='a'), "eps.* 'a'"),
         (
             'preprocessor_config',

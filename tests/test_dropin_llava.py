@@ -319,7 +319,7 @@ def test_weights_of_a_llava_that_do_not_fit(tmp_path, change, message):
         (('text_config', dict(vocab_size='1')), "text_config.vocab_size is '1'; supported: int"),
         (
             ('vision_config', dict(image_size=[16, 16])),
-            r'image_size is \[16, 16\]; supported: a whole number',
+            r'image_size is \[16, 16\]; supported: int',
         ),
         (
             ('vision_config', dict(hidden_act='relu')),

@@ -96,7 +96,7 @@ def test_random_start_belongs_to_the_sample():
         (lambda x: x.masked_fill(x == x.max(), float('nan')), 'not finite'),
         (lambda x: (x + 8 / 255).bfloat16().float(), 'ball'),
     ],
-)  # the official code's rounding, METHOD.md
+)  # the last one: what an attack in bfloat16, as the official code's, would give
 def test_check_refuses(spoil, message):
     x = images(2, low=0.3, high=0.7)
     attacks.check(x, x, 0)

@@ -451,7 +451,7 @@ class Preprocess:
 IMAGENET = dict(mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225], interpolation='bilinear')  # ΔCLIP's
 
 
-def typed(kind, given: dict, where: str):
+def as_dataclass(kind, given: dict, where: str):
     """given as a dataclass of this kind. A key that it does not have, or a value that its type does not
     allow, is an error, since it would not be obeyed.   where: what it is a part of, for the error"""
     if not isinstance(given, dict):
@@ -461,7 +461,7 @@ def typed(kind, given: dict, where: str):
         if key not in hints:
             data.fail(f'{where}: unknown key {key}; supported: {", ".join(hints)}')
         if is_dataclass(hints[key]):
-            given[key] = typed(hints[key], value, f'{where}.{key}')
+            given[key] = as_dataclass(hints[key], value, f'{where}.{key}')
         elif not suits(value, hints[key]):
             name = getattr(hints[key], '__name__', '') if isinstance(hints[key], type) else str(hints[key])
             data.fail(f'{where}.{key} is {value!r}; supported: {name.replace("typing.", "")}')
@@ -487,8 +487,8 @@ def suits(value, hint) -> bool:
 
 def from_open_clip(config: dict, where: str) -> tuple[ClipCfg, Preprocess]:
     """Of open_clip_config.json: {'model_cfg', 'preprocess_cfg'}. What would not be obeyed is an error."""
-    cfg = typed(ClipCfg, config.get('model_cfg'), f'{where}: model_cfg')
-    preprocess = typed(Preprocess, config.get('preprocess_cfg'), f'{where}: preprocess_cfg')
+    cfg = as_dataclass(ClipCfg, config.get('model_cfg'), f'{where}: model_cfg')
+    preprocess = as_dataclass(Preprocess, config.get('preprocess_cfg'), f'{where}: preprocess_cfg')
     v, t, mean, std = cfg.vision_cfg, cfg.text_cfg, preprocess.mean, preprocess.std
     whole = {'size / patch': (v.image_size, v.patch_size), 'width / head_width': (v.width, v.head_width)}
     for what, (value, divisor) in {**whole, 'text_width / text_heads': (t.width, t.heads)}.items():
@@ -704,7 +704,7 @@ def tower_from_hf(kind, config: dict, file: Path):
         cfg.hf_tokenizer_name = 'tokenizer.json'  # it lies in the directory
         if config['eos_token_id'] != 2:  # 2 is transformers' mark for the older kind of pooling
             cfg.pool_type, cfg.eos_id = 'eos', config['eos_token_id']
-    return typed(kind, asdict(cfg), where), act == 'quick_gelu'
+    return as_dataclass(kind, asdict(cfg), where), act == 'quick_gelu'
 
 
 def mlp_ratio(hidden: int, width: int) -> float:
@@ -761,7 +761,7 @@ def preprocess_from_hf(place: Path, size: int) -> tuple[Preprocess, bool]:
     given = {'mean': how.get('image_mean'), 'std': how.get('image_std')}
     given['resize_mode'] = 'squash' if squash else 'shortest'
     given['interpolation'] = 'bilinear' if how['resample'] == HF_FILTERS['bilinear'] else 'bicubic'
-    found = typed(Preprocess, given, str(file))
+    found = as_dataclass(Preprocess, given, str(file))
     obeyed = ['size', 'resample', 'rescale_factor', 'do_resize', 'do_rescale', 'do_normalize']
     obeyed += ['crop_size'] if how.get('do_center_crop', True) else []
     obeyed += [] if squash else ['do_center_crop']

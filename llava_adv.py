@@ -766,7 +766,7 @@ def llama_cfg(config: dict, where: str) -> LlamaCfg:
     if any(key not in rope for key in ROPE_NEEDS.get(kind, [kind])):
         data.fail(f'{where}: rope scaling {kind!r} with {rope}; supported, with what they need: {ROPE_NEEDS}')
     given['rope_scaling'] = None if kind == 'default' else {**rope, 'rope_type': kind}
-    cfg = clip_adv.typed(LlamaCfg, given, where)
+    cfg = clip_adv.as_dataclass(LlamaCfg, given, where)
     cfg.num_key_value_heads = cfg.num_key_value_heads or cfg.num_attention_heads
     cfg.head_dim = cfg.head_dim or cfg.hidden_size // cfg.num_attention_heads
     heads, key_heads = cfg.num_attention_heads, cfg.num_key_value_heads

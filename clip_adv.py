@@ -329,7 +329,7 @@ def main(cfg: Config, given: set[str]) -> None:
     # -------------------------------------------------------------------------------------- the training loop
     for step, (images, tokens) in enumerate(run.read(bar), first_step):
         logging = (step + 1) % cfg.log_every == 0 or step + 1 == cfg.steps
-        run.lap_ms()
+        run.lap_ms(logging)
         x = images.to(device, non_blocking=True).float() / 255  # [b, 3, S, S], this rank's part of the batch
         tokens = tokens.to(device, non_blocking=True)
         eps, alpha, k = attack_at(cfg, step)
@@ -353,10 +353,10 @@ def main(cfg: Config, given: set[str]) -> None:
                 noise = [data.generator(cfg.seed, 'start', first + i) for i in range(len(x))]
                 x_adv = attacks.pgd(loss_of, x, eps, alpha, k, attacks.random_start(x, eps, noise))
                 attacks.check(x, x_adv, eps)
-            attack_ms = run.lap_ms()
+            attack_ms = run.lap_ms(logging)
             with torch.no_grad():
                 loss_clean = loss_of(x).item() if logging else None
-            run.lap_ms()  # measuring the clean loss is not training
+            run.lap_ms(logging)  # measuring the clean loss is not training
 
         # 3. Update the weights on the adversarial images only: the minimisation over θ.
         with amp:
@@ -372,7 +372,7 @@ def main(cfg: Config, given: set[str]) -> None:
         optimizer.zero_grad()
         with torch.no_grad():
             model.logit_scale.clamp_(max=math.log(100))
-        train_ms = run.lap_ms()
+        train_ms = run.lap_ms(logging)
 
         # 4. Log, save, and stop when asked to, all ranks at the same step.
         if logging:

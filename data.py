@@ -145,7 +145,7 @@ def easyvqa_split(split: str) -> tuple[dict[int, tuple[str, str]], list[tuple[st
     asked = list(zip(*getattr(easy_vqa, f'get_{published}_questions')(), strict=True))
     facts = easyvqa_facts(asked)
     if split != 'test':
-        images = sorted(facts)
+        images = list(facts)
         order = torch.randperm(len(images), generator=generator(0, 'easyvqa val', 0)).tolist()
         val = {images[i] for i in order[: len(images) // 10]}
         facts = {i: fact for i, fact in facts.items() if (i in val) == (split == 'val')}
@@ -421,8 +421,8 @@ def order(n: int, batch_size: int, steps: range, seed: int, rank: int, world: in
     def permutation(epoch: int) -> list[int]:
         return torch.randperm(n, generator=generator(seed, 'epoch', epoch)).tolist()
 
+    share = range(rank * batch_size // world, (rank + 1) * batch_size // world)
     for step in steps:
-        share = range(rank * batch_size // world, (rank + 1) * batch_size // world)
         numbers = [step * batch_size + position for position in share]
         yield [(permutation(number // n)[number % n], number) for number in numbers]
 
@@ -1179,9 +1179,9 @@ class Run:
         how = dict(disable=self.rank > 0, smoothing=0.05, mininterval=0.5 if sys.stderr.isatty() else 30)
         return tqdm(batches, initial=done, total=total, desc=name, **how)
 
-    def lap_ms(self) -> float:
-        """Milliseconds since the last lap. Waits for a GPU, as every update does to see its loss."""
-        if torch.cuda.is_available():
+    def lap_ms(self, wait: bool) -> float:
+        """Milliseconds since the last lap.   wait: for a GPU, which takes time, to be exact"""
+        if wait and torch.cuda.is_available():
             torch.cuda.synchronize()
         before, self.last_lap = self.last_lap, time.perf_counter()
         return 1000 * (self.last_lap - before)

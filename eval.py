@@ -307,7 +307,7 @@ def average(rows: list[dict]) -> list[dict]:
 
 def load_set(name: str, args) -> 'ClassSet':
     read = partial(class_set, name, args.split, args.root, args.download, args.classnames, args.templates)
-    images = read() if args.rank == 0 else None  # rank 0 fetches it, the others find it
+    images = read() if args.rank == 0 or not args.download else None  # the others find what rank 0 fetches
     data.gather_objects(None)
     return images or read()
 

@@ -429,7 +429,7 @@ def main(cfg: Config, given: set[str]) -> None:
         for step, samples in enumerate(run.read(bar), begin + done):
             logging = (step + 1 - begin) % cfg.log_every == 0 or step + 1 == end
             attack_ms = train_ms = 0.0
-            run.lap_ms()
+            run.lap_ms(logging)
             # The loss is that of the whole update: a sum over tokens, by their number in the global batch. A
             # mean of means would weigh a token by how many others its rank or micro-batch happens to hold.
             tokens = sum(data.gather_objects(sum(sum(s.labels[1:]) for s in samples)))
@@ -459,11 +459,11 @@ def main(cfg: Config, given: set[str]) -> None:
                         start = attacks.random_start(x, eps, noise)
                         x_adv = attacks.pgd(loss_of, x, eps, alpha, cfg.k, start)
                         attacks.check(x, x_adv, eps)
-                    attack_ms += run.lap_ms()
+                    attack_ms += run.lap_ms(logging)
                     if logging:
                         with torch.no_grad(), amp:
                             loss_clean += model(x, batch).sum()
-                    run.lap_ms()  # measuring the clean loss is not training
+                    run.lap_ms(logging)  # measuring the clean loss is not training
 
                 # 2. Update the weights on the adversarial images only: the minimisation over θ.
                 last = i + micro_batch >= len(samples)
@@ -471,14 +471,14 @@ def main(cfg: Config, given: set[str]) -> None:
                     loss = step_model(x_adv, batch, batch.keys).sum()
                     (loss * world / tokens).backward()  # times W, as DDP averages over the ranks
                 loss_adv += loss.detach()
-                train_ms += run.lap_ms()
+                train_ms += run.lap_ms(logging)
             grad_norm = nn.utils.clip_grad_norm_(trained, cfg.grad_clip)
             run.stop_if_not_finite(step, loss_adv.item() / tokens, grad_norm.item())
             for group in optimizer.param_groups:
                 group['lr'] = clip_adv.lr_at(group['peak'], step - begin, steps, cfg.warmup)
             optimizer.step()
             optimizer.zero_grad()
-            train_ms += run.lap_ms()
+            train_ms += run.lap_ms(logging)
 
             # 3. Log, save, and stop when asked to, all ranks at the same step.
             if logging:

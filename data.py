@@ -77,13 +77,34 @@ def reading(what: str, expected: str):
         fail(f'{what}: {type(e).__name__}: {str(e)[:400]}; expected {expected}')
 
 
+def read_text(file: Path, what: str) -> str:
+    """A text in UTF-8, without the byte-order mark that Windows writes.   what: as in read_json"""
+    with reading(f'{what}: cannot read {file}', 'a text in UTF-8'):
+        return file.read_text(encoding='utf-8-sig')
+
+
 def read_json(path: Path, what: str, kind: type = dict):
     """The content of a JSON file.   what: the flag or the directory that named it, for errors"""
     with reading(f'{what}: cannot read {path}', f'a JSON {"object" if kind is dict else "list"}'):
-        content = json.loads(path.read_text(encoding='utf-8'))
+        content = from_json(path.read_text(encoding='utf-8-sig'))
         if not isinstance(content, kind):
             raise TypeError(f'it holds {str(content)[:60]!r}')
         return content
+
+
+def from_json(text: str):
+    content = json.loads(text)
+    if '\\ud' in text.lower():  # half of a pair \ud83d\ude00 is no character, and breaks whoever prints it
+        json.dumps(content, ensure_ascii=False).encode()
+    return content
+
+
+def inside(root: Path, name: str) -> Path:
+    """root/name, a file that a data set names; it must not lead out of its folder. Takes Windows' slashes."""
+    path = root / name.replace('\\', '/')
+    if not Path(os.path.abspath(path)).is_relative_to(os.path.abspath(root)):
+        raise ValueError(f'{name!r} leads out of the folder {root}')
+    return path
 
 
 # ------------------------------------------------------------------------------------------- image-text pairs

@@ -15,6 +15,7 @@ import contextlib
 import json
 import math
 import os
+import shlex
 import shutil
 from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from pathlib import Path
@@ -34,7 +35,8 @@ import attacks
 @dataclass
 class Config:
     out: str = 'runs/clip_adv'  # run directory: checkpoints, log, a model for open_clip and transformers
-    data: str = 'easyvqa'  # 'easyvqa', or a folder with metadata.jsonl (file_name, text)
+    data: str = 'easyvqa'  # 'easyvqa', or a folder with metadata.jsonl, alone or in train/, val/, test/
+    caption_key: str = 'text'  # which key of metadata.jsonl (column of metadata.csv) has the captions
     holdout: str = ''  # captions left out of training, e.g. 'red circle,blue triangle'
     workers: int = 0  # image-decoding processes per rank; 0: none of its own
     init: str = ''  # start from a CLIP (only --size may differ): a run, open_clip's, Hugging Face's, an id
@@ -297,7 +299,8 @@ def main(cfg: Config, given: set[str]) -> None:
     first_step = state['step'] if state else 0
 
     # --------------------------------------------------------------------------------- data, model, optimizer
-    pairs = data.load_pairs(cfg.data, 'train', cfg.holdout)
+    pairs = data.load_pairs(cfg.data, 'train', cfg.holdout, cfg.caption_key)
+    known_by = {f'--data {cfg.data}': data.fingerprint(pairs.captions, pairs.files)}
     model, tokenizer = build(cfg, given, pairs, state)
     model.to(device).train()
     compile_towers(model, cfg.compile, device)
@@ -306,7 +309,7 @@ def main(cfg: Config, given: set[str]) -> None:
     others = {'params': [p for p in model.parameters() if p.ndim < 2], 'weight_decay': 0.0}
     optimizer = torch.optim.AdamW([matrices, others], betas=(0.9, cfg.beta2), fused=True)
     if state:
-        optimizer.load_state_dict(state['optimizer'])
+        data.check_resumed(state, optimizer, known_by)
 
     facts = arithmetic(cfg, pairs, model, tokenizer, world)
     run = data.Run(cfg, first_step, cfg.steps, facts, device)
@@ -383,14 +386,16 @@ def main(cfg: Config, given: set[str]) -> None:
         if signal or (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps:
             weights = {'model': model.state_dict(), 'optimizer': optimizer.state_dict()}
             model_cfg = open_clip_config(model.cfg, model.preprocess)
-            run.save(step + 1, {**weights, **model_cfg, 'tokenizer': tokenizer.backend.to_str()})
+            run.save(
+                step + 1, {**weights, **model_cfg, 'tokenizer': tokenizer.backend.to_str(), 'data': known_by}
+            )
             export(step + 1)
         if signal:
             run.leave(step + 1, signal)
     bar.close()
     also = f' (not in transformers, whose CLIPModel cannot be this model: {"; ".join(wrong)})'
     opens = f'{cfg.out} opens in open_clip as local-dir:{cfg.out}{also if wrong else ", and in transformers"}'
-    run.finish(f'{opens}; measure it with: python eval.py zeroshot {cfg.out}')
+    run.finish(f'{opens}; measure it with: {measuring(cfg)}')
 
 
 # ===================== below: a model's settings and files; nothing of the method is hidden here
@@ -576,6 +581,9 @@ def check_config(cfg: Config, world: int) -> None:
     for name in ('eps_from', 'eps_to', 'k_from', 'warmup'):
         if not 0 <= getattr(cfg, name) <= 1:
             data.fail(f'--{name} {getattr(cfg, name):g}: must be a fraction of the run, 0 … 1')
+    if not 0 <= cfg.beta2 < 1 or min(cfg.wd, cfg.workers) < 0:
+        said = f'--beta2 {cfg.beta2:g} --wd {cfg.wd:g} --workers {cfg.workers}'
+        data.fail(f'{said}: must be in 0 … 1 (below 1), and the others not negative')
     if cfg.eps_from > cfg.eps_to:
         data.fail(f'--eps_from {cfg.eps_from:g} --eps_to {cfg.eps_to:g}: the ramp ends before it begins')
     if cfg.batch_size < 2 or cfg.batch_size % world:
@@ -839,6 +847,16 @@ def arithmetic(cfg: Config, pairs: data.Pairs, model: CLIP, tokenizer: data.Toke
     share = f'global batch {cfg.batch_size} = {world} process{"es" * (world > 1)} × {cfg.batch_size // world}'
     epochs = f'{cfg.steps} updates = {cfg.steps * cfg.batch_size / len(pairs):.1f} epochs of {len(pairs)}'
     return f'{pairs.note}{warning}\n{size}\n{share}; {attack_text(cfg)}; {epochs}'
+
+
+def measuring(cfg: Config) -> str:
+    """The command that fits: easyvqa's captions are classes, other people's are each another one."""
+    if cfg.data == 'easyvqa':
+        return shlex.join(['python', 'eval.py', 'zeroshot', cfg.out])
+    command = ['python', 'eval.py', 'retrieval', cfg.out, '--data', cfg.data]
+    command += ['--caption_key', cfg.caption_key] if cfg.caption_key != 'text' else []
+    there = [split for split in ('test', 'val', 'train') if (Path(cfg.data) / split).is_dir()] + ['test']
+    return shlex.join(command + (['--split', there[0]] if there[0] != 'test' else []))
 
 
 def attack_text(cfg) -> str:

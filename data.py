@@ -11,7 +11,10 @@ a worker or a batch size.
 
 import argparse
 import contextlib
+import csv
 import ctypes
+import difflib
+import fcntl
 import fnmatch
 import functools
 import hashlib
@@ -20,6 +23,7 @@ import io
 import json
 import math
 import os
+import pickle
 import platform
 import re
 import resource
@@ -30,6 +34,7 @@ import sys
 import textwrap
 import time
 import typing
+import zipfile
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
 from pathlib import Path
@@ -44,7 +49,7 @@ import torch
 import torch.distributed as dist
 import torchvision
 from huggingface_hub import HfApi, snapshot_download
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from safetensors.torch import load_file, save_file
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from tokenizers import Tokenizer as HFTokenizer
@@ -54,6 +59,7 @@ from tqdm import tqdm
 
 COLOURS = ('black', 'blue', 'brown', 'gray', 'green', 'red', 'teal', 'yellow')
 SHAPES = ('circle', 'rectangle', 'triangle')
+SPLITS = ('train', 'val', 'test')
 IMAGE = '<image>'  # in a text: where the image's tokens go
 CAPTION_QUESTION = 'Provide a short caption for this image.'  # the prompt of the authors' evaluation
 
@@ -121,11 +127,11 @@ class Pairs:
         return len(self.files)
 
 
-def load_pairs(data: str, split: str = 'train', holdout: str = '') -> Pairs:
+def load_pairs(data: str, split='train', holdout: str = '', caption_key: str = 'text') -> Pairs:
     """data: 'easyvqa' or a folder.  split: train, val or test.  holdout: 'red circle,blue triangle', say"""
-    if split not in ('train', 'val', 'test'):
-        fail(f'--split {split}: must be train, val or test')
-    pairs = easyvqa(split) if data == 'easyvqa' else folder(Path(data), split)
+    if split not in SPLITS:
+        fail(f'--split {split}: must be {", ".join(SPLITS)}')
+    pairs = easyvqa(split) if data == 'easyvqa' else folder(Path(data), split, caption_key)
     if held := held_out(holdout):
         if missing := set(held) - set(map(pair_name, pairs.captions)):
             fail(f'--holdout {", ".join(sorted(missing))}: no caption of --data {data} says so')
@@ -196,27 +202,62 @@ def easyvqa_facts(asked: list[tuple[str, str, int]]) -> dict[int, tuple[str, str
     return {i: (*c, *s) for i, (c, s) in sorted(possible.items()) if len(c) == len(s) == 1}
 
 
-def folder(path: Path, split: str) -> Pairs:
-    """A folder with metadata.jsonl: one {"file_name": …, "text": …} a line (Hugging Face's imagefolder).
+TABLES = ('metadata.jsonl', 'metadata.csv')
 
-    With subfolders train/, val/, test/, each has its own metadata.jsonl; without, all is for training."""
+
+def folder_of(path: Path, split: str) -> Path:
+    """DIR/SPLIT of a folder that has splits; of one that has none, DIR for each of them."""
+
+    def has_table(folder: Path) -> bool:
+        return any((folder / name).is_file() for name in TABLES)
+
+    one = has_table(path)  # whose images may lie in a folder called train
+    there = [name for name in SPLITS if (has_table if one else Path.is_dir)(path / name)]
+    if there and split not in there:
+        fail(f'--data {path}: no split {split}; there are {", ".join(there)}')
+    return path / split if there else path
+
+
+def folder(path: Path, split: str, caption_key: str) -> Pairs:
+    """A folder in the form of Hugging Face's imagefolder, or its subfolder train/, val/, test/: images, and a
+    metadata.jsonl, {"file_name": …, "text": …} a line, or .csv; or several of these, further down."""
     if not path.is_dir():
         fail(f'--data {path}: no such folder (and not the name "easyvqa")')
-    root = path / split if (path / split).is_dir() or split != 'train' else path
-    table = root / 'metadata.jsonl'
-    expected = '{"file_name": …, "text": …} a line, in UTF-8'
-    with reading(f'--data {path}, split {split}: cannot read {table}', expected):
-        lines = table.read_text(encoding='utf-8').split('\n')  # splitlines() also cuts at U+2028
-    files, captions = [], []
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            with reading(f'{table}, line {number}', expected):
-                row = json.loads(line)
-                files.append(root / row['file_name'])
-                captions.append(row['text'].strip())
-                if not captions[-1] or not files[-1].is_file():
-                    raise ValueError('the text is empty' if not captions[-1] else f'no file {files[-1]}')
-    return Pairs(files, captions, 'crop', f'{table}: {len(files)} pairs')
+    root = folder_of(path, split)
+    tables = [root / name for name in TABLES if (root / name).is_file()][:1]
+    tables = tables or sorted(found for name in TABLES for found in root.rglob(name))
+    if not tables:
+        fail(f'--data {path}: no metadata.jsonl in {root}, {{"file_name": …, "text": …}} a line, and no .csv')
+    files, captions, wrong = [], [], []
+    for table in tables:
+        lines = read_text(table, f'--data {path}').split('\n')  # splitlines() also cuts at U+2028
+        if table.suffix == '.csv':
+            rows = enumerate(csv.DictReader(lines), 2)
+        else:
+            rows = ((number, line) for number, line in enumerate(lines, 1) if line.strip())
+        for number, row in rows:
+            try:
+                row = from_json(row) if isinstance(row, str) else row
+                if not {'file_name', caption_key} <= set(row):
+                    raise ValueError(f'its keys are {", ".join(map(str, row))}; see --caption_key')
+                file, caption = inside(table.parent, row['file_name']), row[caption_key].strip()
+                if not caption or not file.is_file():
+                    raise ValueError('the text is empty' if not caption else f'no file {file}')
+                files.append(file)
+                captions.append(caption)
+            except Exception as e:
+                wrong.append(f'  {table}, line {number}: {type(e).__name__}: {str(e)[:200]}')
+    if wrong:
+        expected = f'{{"file_name": …, "{caption_key}": …}}, a file in the folder and a text'
+        fail(f'--data {path}: {len(wrong)} bad lines; expected {expected}:\n' + '\n'.join(wrong[:10]))
+    return Pairs(files, captions, 'crop', f'{tables[0]}: {len(files)} pairs')
+
+
+def fingerprint(texts, files: list[Path | None]) -> dict[str, str]:
+    """What a checkpoint knows the data of its run by.   texts: in their order, of any structure"""
+    sizes = [file and file.stat().st_size for file in files]
+    of = {'texts': texts, 'names of images': [file and file.name for file in files], 'sizes of images': sizes}
+    return {what: hashlib.blake2b(repr(v).encode(), digest_size=8).hexdigest() for what, v in of.items()}
 
 
 # ---------------------------------------------------------------------------------------------- conversations
@@ -344,7 +385,7 @@ class BadImage(ValueError):
 
 
 def read_image(file: Path | io.BytesIO, name: str = '') -> Image.Image:
-    """Decodes to RGB: alpha on white, 16-bit scaled to 8, palette and CMYK converted. BadImage if not."""
+    """Decodes to RGB, upright as EXIF says: alpha on white, 16-bit scaled, palette and CMYK converted."""
     try:
         with Image.open(file) as image:
             image.load()
@@ -354,8 +395,12 @@ def read_image(file: Path | io.BytesIO, name: str = '') -> Image.Image:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith('I') or image.mode == 'F':  # 16 bits; PIL's own conversion would clip at 255
-        values = np.asarray(image).astype(np.float32) / (65535 if image.mode.startswith('I') else 1)
+    if image.mode == 'F' or image.mode == 'I' and image.format != 'PNG':  # of a PNG it is 16 bits
+        raise ValueError(f'pixels of mode {image.mode} have no range that is known; save 8 or 16 bits')
+    with contextlib.suppress(Exception):  # EXIF that cannot be read turns nothing
+        image = ImageOps.exif_transpose(image)
+    if image.mode.startswith('I'):  # PIL's own conversion would clip at 255
+        values = np.asarray(image).astype(np.float32) / 65535
         return Image.fromarray((values * 255).round().clip(0, 255).astype(np.uint8)).convert('RGB')
     if 'A' in image.getbands() or 'transparency' in image.info:
         image = image.convert('RGBA')
@@ -921,6 +966,7 @@ def read_weights(place: Path, names: list[str], rename=str) -> dict[str, Tensor]
 
 
 def read_file(file: Path) -> dict[str, Tensor]:
+    check_export(file)
     with reading(f'cannot read {file}', 'weights by their names, and nothing else'):
         if file.suffix == '.safetensors':
             return load_file(file)
@@ -1013,19 +1059,43 @@ def fetch(name: str, said: str, with_weights: bool = False) -> Path:
 
 
 # --------------------------------------------------------------------------------------------------- settings
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> typing.NoReturn:
+        """One line; of a flag that does not exist, the nearest one."""
+        typed = re.findall(r'(?<!\S)--[^\s=]+', message.partition('unrecognized arguments:')[2])
+        near = [n for t in typed for n in difflib.get_close_matches(t, self._option_string_actions, 1)]
+        meant = f'; did you mean {", ".join(near)}?' if near else ''
+        self.exit(2, f'error: {message}{meant} ({self.prog} --help lists the settings)\n')
+
+
+def finite(text: str) -> float:
+    if not math.isfinite(float(text)):
+        raise argparse.ArgumentTypeError(f'{text} is not finite')
+    return float(text)
+
+
+def whole(text: str) -> int:
+    if not -(2**63) <= int(text) < 2**63:
+        raise argparse.ArgumentTypeError(f'{text} has more than 64 bits')
+    return int(text)
+
+
+NUMBERS = {float: finite, int: whole}  # how a flag of this type is read
+
+
 def parse(config_class, doc: str, argv: list[str] | None = None) -> tuple[object, set[str]]:
     """Command line → (config, names of the flags given). Help texts are the comments in the dataclass."""
     field_lines = re.findall(r'^ +(\w+): [^#\n]*# *(.*)$', inspect.getsource(config_class), re.M)
     comments, hints = dict(field_lines), typing.get_type_hints(config_class)
     how = dict(formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS)
-    parser = argparse.ArgumentParser(description=doc, allow_abbrev=False, **how)
+    parser = Parser(description=doc, allow_abbrev=False, **how)
     for field in fields(config_class):
         hint, inner = hints[field.name], typing.get_args(hints[field.name])
         if typing.get_origin(hint) is typing.Literal:
             how = {'choices': [value for value in inner if value]}
         else:
             kind = next((t for t in inner if t is not type(None)), hint)  # X of X | None
-            how = {'type': kind, 'metavar': kind.__name__}
+            how = {'type': NUMBERS.get(kind, kind), 'metavar': kind.__name__}
             how = {'action': argparse.BooleanOptionalAction} if kind is bool else how
         default = '' if field.default in (None, '', False) else f' (default: {field.default})'
         text = comments.get(field.name, '') + default
@@ -1040,14 +1110,43 @@ def start_processes(hours: int | None = None) -> tuple[int, int, torch.device]:
 
     hours: that a rank waits for the others; default: torch's, minutes."""
     keep_freed_memory()
+    sys.stdout, sys.stderr = Screen(sys.stdout), Screen(sys.stderr)
     device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
     if 'RANK' in os.environ:
+        needed = {'RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'MASTER_ADDR', 'MASTER_PORT'}
+        if missing := sorted(needed - set(os.environ)):
+            fail(f'RANK is set, but not {", ".join(missing)}: start it with torchrun, or unset RANK')
         if device.type == 'cuda':
             device = torch.device('cuda', int(os.environ['LOCAL_RANK']))
             torch.cuda.set_device(device)
         backend = 'nccl' if device.type == 'cuda' else 'gloo'
         dist.init_process_group(backend, timeout=hours and timedelta(hours=hours))
     return *rank_and_world(), device
+
+
+class Screen:
+    """stdout or stderr. Once nobody reads it, or its disk is full, what is written goes nowhere: training and
+    measuring are not lost with it."""
+
+    def __init__(self, stream):
+        self.stream = stream.stream if isinstance(stream, Screen) else stream
+
+    def __getattr__(self, name: str):
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> None:
+        self.attempt(lambda: self.stream.write(text))
+
+    def flush(self) -> None:
+        self.attempt(lambda: self.stream.flush())
+
+    def attempt(self, write) -> None:
+        try:
+            write()
+        except OSError as e:
+            self.stream = open(os.devnull, 'w')
+            if self is sys.stdout:
+                print(f'note: the output cannot be written any more ({e}); it goes on', file=sys.stderr)
 
 
 def rank_and_world() -> tuple[int, int]:
@@ -1084,6 +1183,7 @@ def versions() -> dict[str, str]:
 
 
 # ---------------------------------------------------------------------------------------------- run directory
+STATE = {'step', 'config', 'model', 'optimizer', 'data'}  # what a checkpoint holds, at least
 FREE_ON_RESUME = set('out resume workers compile log_every save_every chat'.split())  # change no result
 
 
@@ -1093,15 +1193,50 @@ def write(path: Path, content, kept_as: str = '') -> None:
     content: a text, or a function that is given the path to write to.  kept_as: name for the old file"""
     beside = path.with_name(path.name + '.tmp')
     try:
+        beside.unlink(missing_ok=True)
+        beside.touch()
+        mode = beside.stat().st_mode  # as the umask has it; safetensors lets nobody else read
         beside.write_text(content, encoding='utf-8') if isinstance(content, str) else content(beside)
+        beside.chmod(mode)
         with open(beside, 'rb') as file:
             os.fsync(file.fileno())
         if kept_as and path.exists():
             os.replace(path, path.with_name(kept_as))
         os.replace(beside, path)
     except Exception as e:  # torch.save and safetensors raise their own kinds for a full disk
-        beside.unlink(missing_ok=True)
-        fail(f'cannot write {path}: {e}. The last save is intact; free space, then --resume or repeat')
+        with contextlib.suppress(OSError):
+            beside.unlink(missing_ok=True)
+        said = f'cannot write {path}: {e}. What was saved before is intact; when there is room and permission'
+        fail(f'{said}, give the same command again, to a training with --resume')
+
+
+@functools.cache
+def lock(out: Path):
+    """A run's folder is for one process at a time; the kernel releases it, however that one ends."""
+    file = open(out / 'lock', 'w')
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        fail(f'--out {out}: another process is training there; wait for it, end it, or give another --out')
+    except OSError:  # a file system without locks
+        pass
+    return file
+
+
+def sha256(file: Path) -> str:
+    digest = hashlib.sha256()
+    with open(file, 'rb') as content:
+        while part := content.read(1 << 22):
+            digest.update(part)
+    return digest.hexdigest()
+
+
+def check_export(file: Path) -> None:
+    """Weights in a run are as training exported them, by the sha256 in its train_config.json."""
+    known = read_json(file.parent / 'train_config.json', str(file.parent)) if is_run(file.parent) else {}
+    if 'sha256' in known and known['sha256'].get(file.name) != sha256(file):
+        why = 'by the sha256 in train_config.json: it is damaged, replaced or half of an export'
+        fail(f'{file} is not what training wrote, {why}. --resume of that run writes it again')
 
 
 def is_run(out: Path) -> bool:
@@ -1122,6 +1257,8 @@ def open_run(cfg, given: set[str]) -> tuple[dict | None, object]:
     """(the state to resume or None, the configuration that holds). An --out that is neither empty nor a run
     to --resume is refused; a run goes on with its own settings. Changes nothing on the disk."""
     out, state, old = Path(cfg.out), None, {}
+    if not cfg.out.strip():
+        fail('--out: must be the name of a folder')
     restarted = int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)) > 0  # by torchrun: goes on
     if out.is_dir() and any(out.iterdir()) or out.is_file():
         if not is_run(out):
@@ -1152,24 +1289,58 @@ def load_state(out: Path) -> dict | None:
     broken = []
     for file in [f for f in (out / 'train_state.pt', out / 'previous_train_state.pt') if f.exists()]:
         try:
+            if damaged := zipfile.ZipFile(file).testzip():  # torch.load looks at no checksum
+                raise ValueError(f'{damaged} is not as it was written')
             state = torch.load(file, map_location='cpu', weights_only=True)
+            if not isinstance(state, dict) or not STATE <= set(state) or type(state['step']) is not int:
+                raise ValueError('it is no checkpoint of this version')
             if broken and rank_and_world()[0] == 0:
                 print(f'warning: {broken[0]}; going on from the one before, {file}', file=sys.stderr)
             return state
         except Exception as e:
-            broken.append(f'cannot read {file} ({type(e).__name__}: {str(e)[:100]!r})')
+            said = f': {str(e)[:100]!r}' * (not isinstance(e, pickle.UnpicklingError))  # that one misadvises
+            broken.append(f'cannot read {file} ({type(e).__name__}{said})')
     if broken:
         fail(f'{"; ".join(broken)}: nothing is left to resume; start again in another --out')
 
 
+def check_resumed(state: dict, optimizer, data: dict[str, dict]) -> None:
+    """Loads the optimizer; a run goes on with the data that it began with.   data: fingerprints, by flag"""
+    for flag, found in data.items():
+        if differ := [
+            what for what, digest in found.items() if state['data'].get(flag, {}).get(what) != digest
+        ]:
+            said = f'the {" and the ".join(differ)} of {flag} are not those that the run began with'
+            fail(f'--resume: {said}: put them back as they were, or train in another --out')
+    with reading('train_state.pt: the optimizer', 'that of this run'):
+        optimizer.load_state_dict(state['optimizer'])
+        for p, of in optimizer.state.items():
+            if any(v.shape not in (p.shape, ()) for v in of.values()):
+                raise ValueError(f'it is of a weight of another shape than {tuple(p.shape)}')
+
+
 def write_settings(cfg, updates: int = 0) -> dict:
     """train_config.json, by which a folder is known to be a run.   updates: of the model exported there"""
-    about = {'config': asdict(cfg), 'commit': commit(), 'versions': versions()}
-    about |= {'processes': rank_and_world()[1], 'updates': updates}
-    with reading(f'--out {cfg.out}', 'a folder that can be made'):
-        Path(cfg.out).mkdir(parents=True, exist_ok=True)
-    write(Path(cfg.out) / 'train_config.json', json.dumps(about, indent=2))
+    out, about = Path(cfg.out), {'config': asdict(cfg), 'commit': commit(), 'versions': versions()}
+    about |= {'processes': rank_and_world()[1], 'threads': torch.get_num_threads(), 'updates': updates}
+    with reading(f'--out {cfg.out}', 'a folder that can be made and written into'):
+        out.mkdir(parents=True, exist_ok=True)
+        lock(out)
+    exported = [file for file in (out / OPEN_CLIP_FILES[0], out / HF_FILES[0]) if updates and file.is_file()]
+    about['sha256'] = {file.name: sha256(file) for file in exported}
+    write(out / 'train_config.json', json.dumps(about, indent=2))
     return about
+
+
+STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+def step_of(line: str) -> float:
+    """Of a line of log.jsonl; infinite where it is damaged."""
+    try:
+        return int(json.loads(line)['step'])
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return math.inf
 
 
 class Run:
@@ -1180,16 +1351,27 @@ class Run:
     def __init__(self, cfg, first_step: int, steps: int, facts: str, device: torch.device):
         self.cfg, self.steps = cfg, steps
         self.out, self.saved_step, self.started, self.signal = Path(cfg.out), first_step, time.time(), 0
-        self.rank, self.world = rank_and_world()
+        (self.rank, self.world), self.parent = rank_and_world(), os.getppid()
         self.last_log, self.last_lap = (self.started, first_step), 0.0
-        self.handlers = {n: signal.signal(n, self.on_signal) for n in (signal.SIGINT, signal.SIGTERM)}
+        if first_step > steps:
+            fail(f'{self.out}/train_state.pt is after update {first_step} of {steps}: it is not of this run')
+        heard = [n for n in STOPS if signal.getsignal(n) != signal.SIG_IGN]  # nohup ignores SIGHUP
+        self.handlers = {n: signal.signal(n, self.on_signal) for n in heard}
+        self.unwritten = ''
         if self.rank > 0:
             return
+        before = read_json(self.out / 'train_config.json', str(self.out)) if first_step else {}
         about = write_settings(cfg)
         log = self.out / 'log.jsonl'  # of a run that goes on: as far as its checkpoint
-        lines = log.read_text().splitlines() if log.exists() else []
-        kept = [line for line in lines if line.endswith('}') and json.loads(line)['step'] <= first_step]
-        write(log, ''.join(f'{line}\n' for line in kept))
+        lines = log.read_text(encoding='utf-8', errors='replace').splitlines() if log.exists() else []
+        write(log, ''.join(f'{line}\n' for line in lines if step_of(line) <= first_step))
+        if broken := sum(step_of(line) == math.inf for line in lines):
+            print(f'note: {log}: {broken} damaged lines left out')
+        for what in ('processes', 'threads'):
+            if (then := before.get(what, about[what])) != about[what]:
+                print(
+                    f'note: {then} {what} until now, {about[what]} from here on: sums are rounded otherwise'
+                )
         print(textwrap.fill(', '.join(f'{name} {value!r}' for name, value in about['config'].items()), 120))
         names = ', '.join(f'{name} {version}' for name, version in about['versions'].items())
         print(f'commit {about["commit"]}, {names}, {device}\n{facts}')
@@ -1217,9 +1399,18 @@ class Run:
         peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else peak
         row = {'step': step, **row, 'images_per_s': (step - step_before) * samples / seconds}
         row['peak_memory_mb'] = peak / 2**20
-        with open(self.out / 'log.jsonl', 'a') as file:
-            rounded = {k: float(f'{v:.6g}') if isinstance(v, float) else v for k, v in row.items()}
-            file.write(json.dumps(rounded) + '\n')
+        rounded = {k: float(f'{v:.6g}') if isinstance(v, float) else v for k, v in row.items()}
+        self.unwritten += json.dumps(rounded) + '\n'
+        log = self.out / 'log.jsonl'
+        try:
+            size = log.stat().st_size
+            with open(log, 'a') as file:
+                file.write(self.unwritten)
+            self.unwritten = ''
+        except OSError as e:  # a full disk: training goes on, and the lines wait
+            with contextlib.suppress(OSError):
+                os.truncate(log, size)
+            print(f'warning: cannot write {log}: {e}; its lines wait for the next one', file=sys.stderr)
         losses = f'loss adv {row["loss_adv"]:.3f} clean {row["loss_clean"]:.3f}'
         bar.set_postfix_str(f'ε {row["eps"]:.1f} {losses} {row["images_per_s"]:.0f} img/s', refresh=False)
 
@@ -1246,19 +1437,21 @@ class Run:
             yield from batches
         except BadImage as e:  # from a worker it comes with the worker's traceback before it
             said = str(e).strip().splitlines()[-1]
-            fail(f'{said}; stopped, {self.kept()}. Replace the image, then --resume')
+            fail(f'{said}; stopped, {self.kept()}. Put the image back as it was, then --resume')
 
     def stop_if_not_finite(self, step: int, loss: float, grad_norm: float) -> None:
         if not math.isfinite(grad_norm):  # the same on all ranks
             said = f'the loss is {loss:g} and the gradient norm {grad_norm:g}; stopped, {self.kept()}'
-            fail(f'update {step + 1}: {said}. Try a lower --lr or a longer --warmup')
+            fail(f'update {step + 1}: {said}. Try a lower --lr or a longer --warmup in another --out')
 
     def on_signal(self, number, frame) -> None:
         self.signal = number
         signal.signal(number, self.handlers[number])  # a second one ends the process at once
 
     def asked_to_stop(self) -> int:
-        """The signal that any of the ranks got, or 0."""
+        """The signal that any of the ranks got, or 0. When torchrun is gone, nobody else ends its ranks."""
+        if dist.is_initialized() and os.getppid() != self.parent:
+            self.signal = self.signal or signal.SIGTERM
         return max(gather_objects(self.signal))
 
     def leave(self, step: int, number: int) -> None:

@@ -16,6 +16,7 @@ and the results in a run's card are made of rows. Those about a run of ours are 
 """
 
 import argparse
+import contextlib
 import fcntl
 import hashlib
 import inspect
@@ -26,6 +27,7 @@ import math
 import os
 import re
 import shlex
+import signal
 import sys
 import tarfile
 import textwrap
@@ -66,18 +68,73 @@ COLUMNS = ('model', 'data', 'split', 'n', 'measure', 'attack', 'eps', 'value', '
 def measure(args, task, numbers: list[int], levels: list[float], name: str) -> dict[float, dict[int, tuple]]:
     """The loop of every command → {level: {number: outcome}}, complete on every process.
     numbers: of images or questions.  levels: radii in 1/255, 0: the image as it is; or heights of letters.
-    task.load(numbers) opens some of them;  task.judge(loaded, level) → {number: outcome}."""
+    task.load(numbers) opens some of them;  task.judge(loaded, level) → {number: outcome}, plain values.
+    What is found is kept (see Kept) and not judged again when the same command is given again."""
     mine = numbers[args.rank :: args.world]  # strided: the processes get about as many hard images each
-    found: dict[float, dict] = {level: {} for level in levels}
+    known, found = args.kept.before(), {level: {} for level in levels}
     quiet, often = args.quiet or args.rank > 0, 0.5 if sys.stderr.isatty() else 60
     with tqdm(total=len(mine) * len(levels), desc=name, disable=quiet, mininterval=often) as bar:
-        for pool in chunks(mine, 8 * args.batch_size):  # several batches: they stay full when images leave
-            loaded = task.load(pool)
+        for pool in chunks(mine, task.batches * args.batch_size):  # they stay full when images leave
+            if args.world > 1 and os.getppid() != args.parent:
+                raise KeyboardInterrupt(signal.SIGTERM)  # torchrun is gone
+            loaded = None
             for level in levels:
-                found[level] |= task.judge(loaded, level)
+                judged = {i: known[level, i] for i in pool if (level, i) in known}
+                if len(judged) < len(pool):
+                    loaded = loaded or task.load(pool)
+                    judged = task.judge(loaded, level)
+                    args.kept.add(level, judged)
+                found[level] |= judged
                 bar.update(len(pool))
     parts = data.gather_objects(found)
     return {level: {i: outcome for part in parts for i, outcome in part[level].items()} for level in levels}
+
+
+class Kept:
+    """Outcomes so far, image by image, in a file for each process, beside what the command will write. Given
+    again, for the same models, data, settings and code, it goes on with them; as all that is random belongs
+    to the image, with the same result."""
+
+    def __init__(self, args):
+        self.file, self.calls, self.rank = None, 0, args.rank
+        runs = [Path(p) / 'eval' / args.command for p in args.dirs if data.is_run(Path(p))]
+        beside = [Path(args.json)] if args.json else runs
+        if not beside or args.run in (audit, show) or args.run is caption and args.grid:
+            return
+        ends = ('safetensors', 'bin')
+        files = [file for p in args.dirs for end in ends for file in sorted(Path(p).glob(f'*.{end}'))]
+        stamps = [file.stat().st_mtime_ns for file in [*files, *map(Path, args.data)] if file.exists()]
+        same = digest([args.dirs, *identity(args), data.commit(), stamps])
+        self.file = beside[0].with_name(f'{beside[0].name}_{same}.partial')
+
+    def before(self) -> dict[tuple[float, int], tuple]:
+        """{(level, number): outcome} of this call of `measure`, of all processes"""
+        self.calls, found = self.calls + 1, {}
+        files = sorted(self.file.parent.glob(f'{self.file.name}*')) if self.file else []
+        for line in (line for file in files for line in file.read_text(encoding='utf-8').split('\n')):
+            with contextlib.suppress(ValueError, TypeError):  # the last line may be half of one
+                call, level, outcomes = json.loads(line)
+                found |= {(level, int(i)): tuple(of) for i, of in outcomes.items() if call == self.calls}
+        return found
+
+    def add(self, level: float, outcomes: dict[int, tuple]) -> None:
+        if not self.file:
+            return
+        try:
+            self.file.parent.mkdir(exist_ok=True)
+            with open(f'{self.file}{self.rank}', 'a', encoding='utf-8') as file:
+                file.write(json.dumps([self.calls, level, outcomes]) + '\n')
+        except OSError as e:
+            print(f'warning: cannot keep what is measured, in case that it is stopped: {e}', file=sys.stderr)
+            self.file = None
+
+    def forget(self) -> None:
+        for file in self.file.parent.glob(f'{self.file.name}*') if self.file else []:
+            file.unlink()
+
+
+def stop(number, frame):
+    raise KeyboardInterrupt(number)
 
 
 def chunks(items: list, size: int):
@@ -101,6 +158,14 @@ def draw(items: list, n: int, seed: int) -> list:
 
 
 # ------------------------------------------------------------------------------------------ rows and outcomes
+def say_what_was_trained_on(args, runs: list[Path]) -> None:
+    for run, name in itertools.product(runs, map(Path, args.data)):
+        of = Path(data.read_json(run / 'train_config.json', f'{run}')['config']['data'])
+        if os.path.realpath(of) == os.path.realpath(name) and args.rank == 0:
+            if args.split == 'train' or name.is_dir() and data.folder_of(name, args.split) == name:
+                print(f'note: {run} was trained on these images', file=sys.stderr)
+
+
 class Report(NamedTuple):
     """What a command hands back. All that is shown and kept is made of the rows."""
 
@@ -138,7 +203,7 @@ class Classifier:
     native: images come at their own size and are resized in here, so that an attack acts before that."""
 
     def __init__(self, path: str, device: torch.device, native: bool = False):
-        self.model, self.tokenizer = clip_adv.load_clip(path)
+        self.path, (self.model, self.tokenizer) = path, clip_adv.load_clip(path)
         self.model.to(device).requires_grad_(False)  # so there is a graph only where an attack asks for one
         self.device, self.native, how = device, native, self.model.preprocess
         self.how = (self.model.visual.size, how.interpolation, how.resize_mode)
@@ -151,7 +216,7 @@ class Classifier:
     def embed_texts(self, texts: list[str]) -> Tensor:
         """→ unit vectors [texts, D]"""
         tokens = (self.tokenizer(part).to(self.device) for part in chunks(texts, 256))
-        return torch.cat([self.model.encode_text(part) for part in tokens])
+        return finite(torch.cat([self.model.encode_text(part) for part in tokens]), self.path)
 
     def embed_classes(self, classes: list[str], templates: list[str]) -> 'Classifier':
         """A class is the direction of the mean of its prompts (a template ensemble)."""
@@ -164,10 +229,16 @@ class Classifier:
         """[b, 3, h, w] in [0, 1] → unit vectors [b, D]"""
         if self.native:
             x = data.resize(x, *self.how).clamp(0, 1)  # bicubic leaves the box
-        return self.model(x)
+        return finite(self.model(x), self.path)
 
     def __call__(self, x: Tensor, rows: Tensor | None = None) -> Tensor:
         return 100 * self.embed(x) @ self.text.T
+
+
+def finite(x: Tensor, path: str) -> Tensor:
+    if not x.isfinite().all():
+        data.fail(f'{path}: what the model computes is not finite (NaN or infinite): nothing can be measured')
+    return x
 
 
 class Images(NamedTuple):
@@ -227,6 +298,8 @@ def ranks(logits, x: Tensor, y: Tensor, batch_size: int) -> list[int]:
 # ----------------------------------------------------------------------------------- zero-shot classification
 class ZeroShot:
     """For `measure`: which class is nearest?   outcome: (how many are ahead of the right one, that one)"""
+
+    batches = 8  # of images, opened together
 
     def __init__(self, args, classifier: Classifier, images):
         self.args, self.classifier, self.images = args, classifier, images
@@ -351,7 +424,8 @@ class Retrieval(ZeroShot):
         return torch.cat([z.masked_fill(right, -math.inf), nearest], 1)
 
     def beside(self, images: Images, x: Tensor):
-        return torch.cat([self.classifier.embed(part) for part in x.split(self.args.batch_size)]).cpu()
+        parts = x.split(self.args.batch_size)
+        return torch.cat([self.classifier.embed(part) for part in parts]).tolist()
 
     def images_ahead(self, embedded: Tensor) -> list[int]:
         """Of each text: how many images are ahead of the nearest of its own.   embedded: [images, D]"""
@@ -371,7 +445,7 @@ def retrieval(args) -> Report:
         task = Retrieval(args, Classifier(path, args.device, args.native), images, numbers)
         for eps, found in measure(args, task, numbers, [0.0, *args.eps], Path(path).name).items():
             texts_ahead = [found[i][0] for i in numbers]
-            images_ahead = task.images_ahead(torch.stack([found[i][1] for i in numbers]))
+            images_ahead = task.images_ahead(torch.tensor([found[i][1] for i in numbers]))
             common = about(args, path, eps)
             for way, ahead in (('image→text', texts_ahead), ('text→image', images_ahead)):
                 rows += [row(common, f'{way} R@{k}', [a < k for a in ahead]) for k in (1, 5, 10)]
@@ -568,6 +642,7 @@ class Answers:
     """For `measure`: answers, clean and after the rounds of an attack.   outcome: (answer, its score)
     The attack is APGD without a random start, its first step ε, as in RobustVLM's ensembles."""
 
+    batches = 2  # an attack on answers takes long, and what is begun is not kept
     model: Answerer
     questions: list['Question']
     iterations: int = 100  # of each round
@@ -635,7 +710,10 @@ def ask(args, path: str, questions: list['Question'], numbers: list[int], **how)
 # ----------------------------------------------------------------------------------- questions with an answer
 def quiz(args, title: str, questions: list['Question'], groups: dict[str, list[int]], score) -> Report:
     """groups: name → numbers of questions, --n of each are drawn.  score: (answer, references) → [0, 1]"""
-    groups = {group: draw(numbers, args.n, args.seed) for group, numbers in groups.items()}
+    for group, of in groups.items():
+        pairs = yes_and_no(questions, of) if group.startswith('yes/no') and args.n else []
+        drawn = draw(pairs, max(args.n // 2, 1), args.seed) if pairs else draw(of, args.n, args.seed)
+        groups[group] = sorted(sum(drawn, ())) if pairs else drawn
     if not all(groups.values()):
         data.fail(f'--data {args.data[0]}, split {args.split}: no question is left')
     numbers, rows, outcomes = sorted(set(sum(groups.values(), []))), [], []
@@ -655,6 +733,12 @@ def quiz(args, title: str, questions: list['Question'], groups: dict[str, list[i
     title += f', in %, split {args.split}, of {len(questions)} questions; {attack_text(args)}, then targeted'
     down = ['model', 'subset', 'n', *(['eps'] if figures else [])]
     return Report(rows, outcomes, title, down, 'measure' if figures else 'eps')
+
+
+def yes_and_no(questions: list['Question'], numbers: list[int]) -> list[tuple[int, int]]:
+    """Pairs of questions, answered yes and no, about the same where the set is balanced by text."""
+    by_text = sorted(numbers, key=lambda i: questions[i].text)
+    return list(zip(*([i for i in by_text if questions[i].answers == [a]] for a in ('yes', 'no'))))
 
 
 def vqa(args) -> Report:
@@ -1396,11 +1480,7 @@ def keep(report: dict, run: Path, args) -> None:
     """Writes the run's part of the report into RUN/eval/, and all results there into its card's header.
     The same measurement again replaces its file, another one adds one."""
     own = {key: [r for r in report[key] if Path(r['model']) == run] for key in ('rows', 'outcomes')}
-    no_settings = 'run dirs data transfer_from json plot grid quiet batch_size device rank world'.split()
-    settings = {key: value for key, value in vars(args).items() if key not in no_settings}
-    used = [*args.data, *(args.dirs + args.transfer_from if args.command == 'audit' else [])]
-    places = sorted({os.path.realpath(p) if os.path.exists(p) else p for p in used})
-    number = hashlib.blake2b(json.dumps([settings, places]).encode(), digest_size=3).hexdigest()
+    number = digest(identity(args))
     try:
         (run / 'eval').mkdir(exist_ok=True)
         folder = os.open(run, os.O_RDONLY)
@@ -1411,6 +1491,20 @@ def keep(report: dict, run: Path, args) -> None:
     except (Exception, SystemExit) as e:  # the measurement goes on to --json, and the table is printed
         said = str(e).removeprefix('error: ')
         print(f'warning: not all kept in {run}: {said}', file=sys.stderr, flush=True)
+
+
+def identity(args) -> list:
+    """What a measurement is known by: its settings, and where its data are."""
+    no_settings = (
+        'run dirs data transfer_from json plot grid quiet batch_size device rank world kept parent'.split()
+    )
+    settings = {key: value for key, value in vars(args).items() if key not in no_settings}
+    used = [*args.data, *(args.dirs + args.transfer_from if args.command == 'audit' else [])]
+    return [settings, sorted({os.path.realpath(p) if os.path.exists(p) else p for p in used})]
+
+
+def digest(of) -> str:
+    return hashlib.blake2b(json.dumps(of).encode(), digest_size=3).hexdigest()
 
 
 def write_card(run: Path) -> None:
@@ -1504,29 +1598,33 @@ COMMANDS = {  # a command: its flags and their defaults; None: it must be given
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    plain, listed = argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=plain, allow_abbrev=False)
+    plain = argparse.RawDescriptionHelpFormatter
+    parser = data.Parser(description=__doc__, formatter_class=plain, allow_abbrev=False)
     commands = parser.add_subparsers(dest='command', required=True)
     for run, defaults in COMMANDS.items():
         texts = {'help': run.__doc__.split('\n')[0], 'description': run.__doc__}
-        c = commands.add_parser(run.__name__, formatter_class=listed, allow_abbrev=False, **texts)
+        c = commands.add_parser(run.__name__, allow_abbrev=False, **texts)
         llava = 'iterations' in defaults
         c.add_argument('dirs', nargs='+', metavar='DIR', help=LLAVA_DIRS if llava else CLIP_DIRS)
         c.set_defaults(run=run, native=False, attack='', eps=[], data=[])
         few = ['ensemble', 'none'] if llava else ['ensemble'] if run is audit else list(ATTACKS)
         more = {'batch_size': 128} if torch.cuda.is_available() and not llava else {}
         for flag, default in {**EVERY, **more, **defaults}.items():
-            how = {'default': default, 'help': HELP[flag], 'required': default is None}
             first = default[0] if isinstance(default, list) and default else default
+            shown = ' '.join(map(str, default)) if isinstance(default, list) else f'{default or ""}'
+            text = HELP[flag] + (f' (default: {shown})' if shown else '')
+            how = {'default': default, 'help': text, 'required': default is None}
             if isinstance(default, bool):
                 how['action'] = 'store_true'
             else:
-                how['type'] = type(first) if isinstance(first, (int, float)) else str
+                how['type'] = data.NUMBERS.get(type(first), str)
                 how['choices'] = few if flag == 'attack' else CHOICES.get(flag)
             if isinstance(default, list) or flag == 'data':
                 how['nargs'] = '*' if flag in ('eps', 'transfer_from') else '+'
             c.add_argument(f'--{flag}', **how)
-    args = parser.parse_args(argv)
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        commands.choices[args.command].error(f'unrecognized arguments: {" ".join(unknown)}')
     args.dirs = list({os.path.realpath(p): p for p in reversed(args.dirs)}.values())[::-1]  # each once
     for message in wrong_flags(args):
         commands.choices[args.command].error(message)
@@ -1550,12 +1648,14 @@ def wrong_flags(args):
     for flag, least in {'n': 0, 'batch_size': 1, 'queries': 1, 'iterations': 1, 'max_new': 1}.items():
         if getattr(args, flag, least) < least:
             yield f'--{flag} {getattr(args, flag)}: must be at least {least}'
+    if args.command == 'caption' and args.grid and not (args.targeted and args.eps and args.attack != 'none'):
+        yield f'--grid {args.grid}: it shows forced sentences, so it needs --targeted and an --eps'
     if not all(0 <= size <= 100 for size in getattr(args, 'font', [])):
         yield '--font: must be in 0 … 100 (% of the image)'
     for flag in ('json', 'plot', 'grid'):
         file = Path(getattr(args, flag, ''))
-        if not file.parent.is_dir():  # now, and not after an hour of attacks
-            yield f'--{flag} {file}: no folder {file.parent}'
+        if not file.parent.is_dir() or file.name and (file.is_dir() or not os.access(file.parent, os.W_OK)):
+            yield f'--{flag} {file}: no folder {file.parent}, or no file that can be written into it'
         if flag != 'json' and file.name and file.suffix not in ('.png', '.pdf', '.svg'):
             yield f'--{flag} {file}: must end in .png, .pdf or .svg'
 
@@ -1564,8 +1664,12 @@ def main(args: argparse.Namespace) -> int:
     """Runs the command; returns the exit code."""
     begin = time.time()
     args.rank, args.world, args.device = data.start_processes(hours=168)  # one may have the harder images
+    heard = [n for n in data.STOPS if signal.getsignal(n) != signal.SIG_IGN]
+    args.parent = os.getppid()
+    handlers, args.kept = {n: signal.signal(n, stop) for n in heard}, Kept(args)
     try:
         runs = [p for p in map(Path, args.dirs) if data.is_run(p) and args.command != 'show']
+        say_what_was_trained_on(args, runs)
         updates = {run: data.updates_of(run) for run in runs}  # now: a training may save others meanwhile
         report = {'command': shlex.join(['python', 'eval.py', *sys.argv[1:]]), 'commit': data.commit()}
         found = args.run(args)
@@ -1580,9 +1684,19 @@ def main(args: argparse.Namespace) -> int:
                 keep({**report, 'updates': updates[run]}, run, args)
             if args.json:
                 data.write(Path(args.json), as_json(report))
+            args.kept.forget()
     except data.BadImage as e:
         data.fail(str(e))
+    except KeyboardInterrupt as e:
+        number, where = (*e.args, signal.SIGINT)[0], args.kept.file
+        what = f'what was measured is kept in {where}{args.rank}: the same command goes on' if where else ''
+        nothing = 'nothing is kept' + ' (it would be with --json FILE)' * (args.run not in (audit, show))
+        if args.rank == 0:
+            print(f'{signal.Signals(number).name}: stopped; {what or nothing}', flush=True)
+        return 128 + number
     finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
     return int(any(r.get('verdict') == 'FAIL' for r in found.rows))

@@ -342,7 +342,7 @@ def test_an_image_that_does_not_decode_is_named(tmp_path):
     train(out=tmp_path / 'good', data=tmp_path, steps=2)  # a folder trains
     (tmp_path / '5.png').write_bytes(b'')
     for workers in (0, 1):
-        with pytest.raises(SystemExit, match='error: .*5.png.*nothing was saved yet. Replace the image'):
+        with pytest.raises(SystemExit, match='error: .*5.png.*nothing was saved yet. Put the image back'):
             train(out=tmp_path / f'bad{workers}', data=tmp_path, steps=2, workers=workers)
 
 

@@ -67,7 +67,8 @@ def test_the_whole_step_is_the_same_in_one_process_in_two_and_in_micro_batches(p
     execute(one_step(tmp_path / 'one', **settings, out=tmp_path / 'r1'))
     execute(one_step(tmp_path / 'micro', **settings, micro_batch=1, out=tmp_path / 'r2'))
     how = flags(**settings, micro_batch=2, out=tmp_path / 'r3')
-    execute(torchrun(2, ONE_STEP, str(tmp_path / 'two'), 'stage=llava_adv', *how))
+    output = execute(torchrun(2, ONE_STEP, str(tmp_path / 'two'), 'stage=llava_adv', *how))
+    assert 'broadcast_buffers' not in output  # of which torch 2.13 and newer warn
     files = [tmp_path / name for name in ('one.0', 'micro.0', 'two.0', 'two.1')]
     one, micro, *two = (torch.load(file, weights_only=True) for file in files)
     assert len(one['seen']) == 1 and len(micro['seen']) == 4  # the two without an image are not attacked

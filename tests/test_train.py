@@ -84,7 +84,8 @@ def test_every_launcher(tmp_path):
     sums."""
     execute([sys.executable, str(SCRIPT), *flags(**TINY, out=tmp_path / 'python')])
     execute(torchrun(1, SCRIPT, *flags(**TINY, out=tmp_path / 'torchrun')))
-    execute(torchrun(2, SCRIPT, *flags(**TINY, out=tmp_path / 'two')))
+    output = execute(torchrun(2, SCRIPT, *flags(**TINY, out=tmp_path / 'two')))
+    assert 'broadcast_buffers' not in output  # of which torch 2.13 and newer warn
     assert_same_state(state(tmp_path / 'python'), state(tmp_path / 'torchrun'))
     for row, row2 in zip(quantities(tmp_path / 'python'), quantities(tmp_path / 'two'), strict=True):
         assert row['loss_adv'] == pytest.approx(

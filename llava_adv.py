@@ -368,8 +368,6 @@ def generate(model: LLaVA, images: Tensor, prompts: list[list[int]], max_new: in
 # =============================================================================================== the training
 def main(cfg: Config, given: set[str]) -> None:
     """Trains.   given: names of the settings that the user chose; data.parse makes both"""
-    if cfg.chat:
-        return chat(cfg)
     rank, world, device = data.start_processes(hours=2)  # rank 0 may have an LLM to train
     state, cfg = data.open_run(cfg, given)
     check_config(cfg, given, world)
@@ -541,8 +539,10 @@ def trainable(model: LLaVA, cfg: Config, sub: str) -> list[dict]:
 
 
 # ======================================================================================================= chat
-def chat(cfg: Config) -> None:
+def chat(cfg: Config, given: set[str]) -> None:
     """Answers questions about one image, typed at a prompt, until the input ends."""
+    if 'init' not in given:
+        data.fail('--chat: give --init, too, the LLaVA to talk to')
     device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
     model, tokenizer = load_llava(cfg.init)
     model.to(device)
@@ -1040,4 +1040,5 @@ def arithmetic(cfg: Config, plan: list, model: LLaVA, world: int) -> str:
 
 
 if __name__ == '__main__':
-    main(*data.parse(Config, __doc__))
+    cfg, given = data.parse(Config, __doc__)
+    (chat if cfg.chat else main)(cfg, given)

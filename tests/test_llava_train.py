@@ -373,6 +373,8 @@ def test_chat(whole, tmp_path):
     output = execute(command(whole, 'b.png'), fails=True)
     assert 'b.png' in output and 'Traceback' not in output
     assert 'is no LLaVA directory' in execute(command(tmp_path, 'a.png'), fails=True)
+    with pytest.raises(SystemExit, match='--chat: give --init, too'):
+        llava_adv.chat(llava_adv.Config(chat='a.png'), {'chat'})
 
 
 @pytest.mark.gpu

@@ -30,6 +30,7 @@ import json
 import math
 import re
 import sys
+import tempfile
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal
@@ -387,7 +388,10 @@ def main(cfg: Config, given: set[str]) -> None:
     facts = arithmetic(cfg, plan, model, world)
 
     def export(step: int) -> None:
-        """What can be derived from the last checkpoint: gigabytes, for a 7B model."""
+        """What can be derived from the last checkpoint: gigabytes, for a 7B model. First it is just tried."""
+        if rank == 0 and step == 0:
+            with tempfile.TemporaryDirectory(dir=run.out) as folder, contextlib.redirect_stdout(None):
+                save_llava(model, tokenizer, Path(folder), cfg.max_length)
         if rank == 0 and step == last_step:
             save_llava(model, tokenizer, run.out, cfg.max_length)
             data.write_settings(cfg, step)

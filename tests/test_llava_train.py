@@ -270,6 +270,18 @@ def test_cut_samples_are_counted(parts, mixed, tmp_path, capsys):
     assert 'of 6 conversations are cut at 40 tokens; see --max_length' in capsys.readouterr().out
 
 
+def test_the_export_is_tried_before_the_first_update(parts, tmp_path, monkeypatch):
+    out, saved, save = tmp_path / 'run', [], llava_adv.save_llava
+    monkeypatch.setattr(llava_adv, 'save_llava', lambda *_: data.fail('disk full'))
+    with pytest.raises(SystemExit, match='disk full'):
+        train(parts, out=out, steps_b=1)
+    assert sorted(f.name for f in out.iterdir()) == ['log.jsonl', 'train_config.json']
+    assert not (out / 'log.jsonl').read_text()
+    monkeypatch.setattr(llava_adv, 'save_llava', lambda *how: (saved.append(how[2]), save(*how)))
+    resume(out)
+    assert len(saved) == 2 and saved[1] == out and not saved[0].exists() and saved[0].parent == out
+
+
 def test_an_image_that_does_not_decode_is_named(parts, mixed, tmp_path):
     (tmp_path / '4.png').write_bytes(b'')
     with pytest.raises(SystemExit, match='4.png'):

@@ -285,7 +285,7 @@ def load_chats(data: str, split='train', image_root='', captions: bool = False, 
 
     captions (easyvqa): image and sentence, for the projector; else questions, `turns` to a chat, too."""
     if data != 'easyvqa':
-        return llava_json(Path(data), Path(image_root))
+        return llava_json(Path(data), image_root)
     if not captions:
         return easyvqa_chats(split, turns)
     facts, _, root = easyvqa_split(split)
@@ -346,7 +346,7 @@ def easyvqa_chats(split: str, turns: int) -> Chats:
     return Chats(chats, 'shapes', f'easyvqa: {len(chats)} conversations about {len(of)} images, {questions}')
 
 
-def llava_json(file: Path, image_root: Path) -> Chats:
+def llava_json(file: Path, image_root: str) -> Chats:
     """[{"image" (none: text only), "conversations": [{"from": "human" | "gpt", "value": …}, …]}, …]"""
     rows, chats = read_json(file, f"--data {file} ('easyvqa', or a JSON file in LLaVA's format)", list), []
     if not rows:
@@ -360,23 +360,30 @@ def llava_json(file: Path, image_root: Path) -> Chats:
     return Chats(chats, '', f'{file}: {len(chats)} conversations, {without} of them without an image')
 
 
-def llava_chat(row: dict, image_root: Path, name: str) -> Chat:
-    said = [(turn['from'], turn['value'].strip()) for turn in row['conversations']]
-    if said and said[0][0] == 'gpt':
-        said = said[1:]  # some published ones open with an answer
+def llava_chat(row: dict, image_root: str, name: str) -> Chat:
+    """<image> goes to the front of its question, once; that question is stripped, no other text is.
+    official: LLaVA/llava/train/train.py, preprocess_multimodal"""
+    said = [(turn['from'], turn['value']) for turn in row['conversations']]
+    said = said[1:] if said and said[0][0] == 'gpt' else said  # some published ones open with an answer
     roles = [role for role, _ in said]
-    if not said or roles != ['human', 'gpt'] * (len(said) // 2):
-        raise ValueError(f'the turns are {", ".join(roles) or "none"}; must be human, gpt, human, gpt, …')
-    turns = [(q, a) for (_, q), (_, a) in zip(said[::2], said[1::2], strict=True)]
-    image = image_root / row['image'] if row.get('image') else None
-    places = sum(q.count(IMAGE) for q, _ in turns)
-    if image is not None and not image.is_file():
-        raise ValueError(f'no file {image}; see --image_root')
-    if any(IMAGE in a for _, a in turns) or places > (image is not None):
-        raise ValueError(f'{places} × {IMAGE} in the questions; one image at most, and none in an answer')
-    if image is not None and not places:
-        turns[0] = (f'{IMAGE}\n{turns[0][0]}', turns[0][1])
-    return Chat(image, turns, name)
+    texts = [text for _, text in said[: len(said) // 2 * 2]]  # without a last question that has no answer
+    questions, answers, image = texts[::2], texts[1::2], row.get('image') or None
+    [image] = image if isinstance(image, list) else [image]
+    if image and questions:
+        # without --image_root there is no folder to lead out of
+        image = inside(Path(image_root), image) if image_root else Path(image.replace('\\', '/'))
+        place = next((n for n, question in enumerate(questions) if IMAGE in question), 0)
+        questions = [q.replace(IMAGE, '').strip() if IMAGE in q else q for q in questions]
+        questions[place] = f'{IMAGE}\n{questions[place]}'.strip()
+    wrong = {
+        'the turns are not human, gpt, human, gpt, …': roles != (['human', 'gpt'] * len(said))[: len(said)],
+        'no answer, or an empty text': not texts or not all(text.strip() for text in texts),
+        'no such image file (see --image_root)': image and not os.path.isfile(image),
+        f'the word {IMAGE} where no image is shown': any(IMAGE in t for t in (answers if image else texts)),
+    }
+    for kind in filter(wrong.get, wrong):  # the first
+        raise ValueError(f'{kind}: {image or "no image"}, {row}'[:200])
+    return Chat(image, list(zip(questions, answers)), name)
 
 
 # ----------------------------------------------------------------------------------------------------- pixels

@@ -1,5 +1,6 @@
 """Stage 2: the language model, LLaVA and their files beside transformers', prompts, and bad input."""
 
+import itertools
 import json
 import math
 import subprocess
@@ -454,33 +455,78 @@ def test_samples_without_an_answer():
         data.Prompt(tokenizer(), 'plain', 64, 99)(data.Chat(None, [('hello', 'hi')], 'file.json, entry 9'))
 
 
+def said(*texts, roles=('human', 'gpt'), **row):
+    """An entry of a file in LLaVA's format."""
+    turns = [{'from': roles[n % len(roles)], 'value': text} for n, text in enumerate(texts)]
+    return row | {'conversations': turns}
+
+
+def loaded(tmp_path, *rows, **how):
+    Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / 'a.png')
+    (tmp_path / 'x.json').write_text(json.dumps(rows))
+    return data.load_chats(str(tmp_path / 'x.json'), **dict(image_root=str(tmp_path)) | how)
+
+
+QUESTIONS = ['<image>\nwhat color?', 'what color?\n<image>', 'in <image> what?', '<image>what? ', '<image>']
+QUESTIONS += ['<image> <image>\n\n what?\n']
+ANSWERS = ['a red circle', 'red ', 'red\n', '  red', ' \n is it red? \n', 'a  b', 'é☃ ']
+
+
+@pytest.mark.parametrize('image', [{'image': 'a.png'}, {'image': ['a.png']}, {}])
+def test_conversations_are_read_as_the_official_code_reads_them(tmp_path, image):
+    """<image> first in its turn, which is stripped; nothing else is; for the projector the question goes."""
+    tok = tokenizer()
+    for question, answer in itertools.product(QUESTIONS if image else [' what? ', 'is it\n'], ANSWERS):
+        row = said(question, answer, ' sure? ', f'{answer}x', **image)
+        (chat,) = loaded(tmp_path, row).chats
+        for turn in row['conversations'] if image else ():  # as in its preprocess_multimodal
+            if '<image>' in turn['value']:
+                turn['value'] = ('<image>\n' + turn['value'].replace('<image>', '').strip()).strip()
+        q1, a1, q2, a2 = (turn['value'] for turn in row['conversations'])
+        whole = f'<s>{data.V1_SYSTEM} USER: {q1} ASSISTANT: {a1}</s>USER: {q2} ASSISTANT: {a2}</s>'
+        expected = {'v1': (whole, f' {a1}</s> {a2}</s>'), 'plain': (f'<s><image>{a1}\n', f'{a1}\n')}
+        for style, (text, answers) in expected.items() if image else [('v1', expected['v1'])]:
+            ids, labels = data.Prompt(tok, style, 3, 999)(chat)
+            assert ids == tok.encode(text.replace('<image>', '<image>' * 3))[0]
+            predicted = [token for token, label in zip(ids, labels, strict=True) if label]
+            assert tok.backend.decode(predicted, skip_special_tokens=False) == answers
+
+
+@pytest.mark.parametrize(
+    'row, turns',
+    [
+        (said('<image>\na', 'b', '<image>\nc', 'd', image='a.png'), [('<image>\na', 'b'), ('c', 'd')]),
+        (said('a', 'b', 'c <image>', 'd', image='a.png'), [('a', 'b'), ('<image>\nc', 'd')]),
+        (said('a', 'b', image='a.png'), [('<image>\na', 'b')]),
+        (said('x', 'a', 'b', roles=('gpt', 'human')), [('a', 'b')]),
+        (said('a', 'b', 'c'), [('a', 'b')]),
+        (said('a', 'b', image='.\\a.png'), [('<image>\na', 'b')]),
+    ],
+)
+def test_other_ways_to_write_a_conversation(tmp_path, row, turns):
+    """One image in two questions; in a later one; in none; an answer first; a question last."""
+    assert [chat.turns for chat in loaded(tmp_path, row).chats] == [turns]
+
+
 def test_llava_json(tmp_path):
     Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / 'a.png')
-
-    def said(*texts, first='human', **image):
-        roles = ['human', 'gpt'] if first == 'human' else ['gpt', 'human']
-        return image | {'conversations': [{'from': roles[n % 2], 'value': t} for n, t in enumerate(texts)]}
 
     def load(rows):
         (tmp_path / 'x.json').write_text(json.dumps(rows))
         return data.load_chats(str(tmp_path / 'x.json'), image_root=str(tmp_path))
 
     good = [said('<image>\nwhat?', 'red', 'sure?', 'yes', image='a.png', id=1), said('hello', 'hi', id=2)]
-    good += [said('left out', 'what?', 'red', first='gpt', image='a.png', id=3)]
+    good += [said('left out', 'what?', 'red', roles=('gpt', 'human'), image='a.png', id=3)]
     chats = load(good).chats
     assert chats[0].turns == [('<image>\nwhat?', 'red'), ('sure?', 'yes')] and chats[1].image is None
     assert chats[2].turns == [('<image>\nwhat?', 'red')]
     for bad, message in [
-        (
-            said('<image> <image>', 'x', image='a.png'),
-            'entry 3.*2 × <image> in the questions; one image at most',
-        ),
-        (said('x', 'x', image=['a.png', 'a.png']), 'entry 3: TypeError'),
-        (said('x', 'x', image='b.png'), 'no file .*b.png; see --image_root'),
-        (said('x', 'an <image>', image='a.png'), 'entry 3.*and none in an answer'),
-        (said('<image> x', 'x'), 'entry 3.*1 × <image> in the questions; one image at most'),
-        (said('x'), 'must be human, gpt'),
-        ({'conversations': []}, 'must be human, gpt'),
+        (said('x', 'x', image=['a.png', 'a.png']), 'entry 3: ValueError'),
+        (said('x', 'x', image='b.png'), 'no such image file .see --image_root.: .*b.png'),
+        (said('x', 'an <image>', image='a.png'), 'entry 3.*where no image is shown'),
+        (said('<image> x', 'x'), 'entry 3.*where no image is shown'),
+        (said('x'), 'no answer'),
+        ({'conversations': []}, 'no answer'),
         ({}, 'KeyError'),
     ]:
         with pytest.raises(SystemExit, match=message):

@@ -267,7 +267,11 @@ class Chat:
 
     image: Path | None
     turns: list[tuple[str, str]]  # (question, answer); with an image, IMAGE stands once in the questions
-    name: str  # for errors: where it comes from
+    name: str  # where it comes from: its own
+
+
+class BadSample(ValueError):
+    """A conversation that cannot be learned from.   args: (kind, by which they are counted; more of it)"""
 
 
 @dataclass
@@ -275,6 +279,7 @@ class Chats:
     chats: list[Chat]
     augment: str  # as in Pairs, or '' for none
     note: str
+    bad: dict[str, tuple[str, str]] | tuple[()] = ()  # name of what was left out → why, see BadSample
 
     def __len__(self) -> int:
         return len(self.chats)
@@ -290,7 +295,7 @@ def load_chats(data: str, split='train', image_root='', captions: bool = False, 
         return easyvqa_chats(split, turns)
     facts, _, root = easyvqa_split(split)
     rows = [(i, sentence) for i, fact in facts.items() for sentence in describe(*fact)]
-    chats = [Chat(root / f'{i}.png', [(IMAGE, sentence)], f'easyvqa, image {i}') for i, sentence in rows]
+    chats = [Chat(root / f'{i}.png', [(IMAGE, said)], f'easyvqa, image {i}: {said}') for i, said in rows]
     return Chats(chats, 'shapes', f'easyvqa: {len(facts)} images with 5 sentences each')
 
 
@@ -341,23 +346,26 @@ def easyvqa_chats(split: str, turns: int) -> Chats:
         conversations += [[questions[q] for q in order[i : i + turns]] for i in range(0, len(order), turns)]
         for (question, answer), *others in conversations:
             said = [(f'{IMAGE}\n{question}', answer), *others]
-            chats.append(Chat(root / f'{image}.png', said, f'easyvqa, image {image}'))
+            chats.append(Chat(root / f'{image}.png', said, f'easyvqa, image {image}: {said}'))
     questions = f'{sum(map(len, of.values()))} of {len(asked)} questions and {2 * len(facts)} captions'
     return Chats(chats, 'shapes', f'easyvqa: {len(chats)} conversations about {len(of)} images, {questions}')
 
 
 def llava_json(file: Path, image_root: str) -> Chats:
     """[{"image" (none: text only), "conversations": [{"from": "human" | "gpt", "value": …}, …]}, …]"""
-    rows, chats = read_json(file, f"--data {file} ('easyvqa', or a JSON file in LLaVA's format)", list), []
+    with reading(f"--data {file} ('easyvqa', or a JSON file in LLaVA's format)", 'a JSON list'):
+        rows = [] + json.loads(file.read_text(encoding='utf-8-sig'))  # one half character spoils one row
     if not rows:
         fail(f'--data {file}: no conversation in it')
-    expected = '"conversations": [{"from": "human", "value": …}, {"from": "gpt", "value": …}, …]'
+    chats, bad = [], {}
     for number, row in enumerate(rows):
         name = f'{file}, entry {number}'
-        with reading(name, f'{{"image": …, {expected}}}'):
-            chats.append(llava_chat(row, image_root, f'{name} (id {row.get("id", "none")})'))
+        try:
+            chats.append(llava_chat(row, image_root, f'{name} (id {row.get("id", "none")!r})'))
+        except Exception as e:  # what is not in the format raises many kinds
+            bad[name] = e.args if isinstance(e, BadSample) else ("not in LLaVA's format", repr(e)[:200])
     without = sum(chat.image is None for chat in chats)
-    return Chats(chats, '', f'{file}: {len(chats)} conversations, {without} of them without an image')
+    return Chats(chats, '', f'{file}: {len(rows)} conversations, {without} without an image', bad)
 
 
 def llava_chat(row: dict, image_root: str, name: str) -> Chat:
@@ -370,11 +378,14 @@ def llava_chat(row: dict, image_root: str, name: str) -> Chat:
     questions, answers, image = texts[::2], texts[1::2], row.get('image') or None
     [image] = image if isinstance(image, list) else [image]
     if image and questions:
-        # without --image_root there is no folder to lead out of
-        image = inside(Path(image_root), image) if image_root else Path(image.replace('\\', '/'))
+        try:  # without --image_root there is no folder to lead out of
+            image = inside(Path(image_root), image) if image_root else Path(image.replace('\\', '/'))
+        except ValueError as e:
+            raise BadSample('its image leads out of --image_root', str(e)) from None
         place = next((n for n, question in enumerate(questions) if IMAGE in question), 0)
         questions = [q.replace(IMAGE, '').strip() if IMAGE in q else q for q in questions]
         questions[place] = f'{IMAGE}\n{questions[place]}'.strip()
+    ''.join([*texts, str(image)]).encode()  # fails where half a character is
     wrong = {
         'the turns are not human, gpt, human, gpt, …': roles != (['human', 'gpt'] * len(said))[: len(said)],
         'no answer, or an empty text': not texts or not all(text.strip() for text in texts),
@@ -382,7 +393,7 @@ def llava_chat(row: dict, image_root: str, name: str) -> Chat:
         f'the word {IMAGE} where no image is shown': any(IMAGE in t for t in (answers if image else texts)),
     }
     for kind in filter(wrong.get, wrong):  # the first
-        raise ValueError(f'{kind}: {image or "no image"}, {row}'[:200])
+        raise BadSample(kind, f'{image or "no image"}, {row}'[:200])
     return Chat(image, list(zip(questions, answers)), name)
 
 
@@ -646,14 +657,15 @@ class Prompt:
         return self.cut(chat)[:2]
 
     def cut(self, chat: Chat) -> tuple[list[int], list[bool], bool]:
-        """(token ids, which are to be predicted, whether they were cut). Nothing to train on is an error."""
+        """(token ids, which are to be predicted, whether they were cut). BadSample: nothing to train on."""
         ids, labels = self.encode(chat.turns)
         length, ids, labels = len(ids), ids[: self.max_length], labels[: self.max_length]
-        size = f'{length} tokens, {self.image_tokens} of an image; --max_length is {self.max_length}'
+        size = f'{length} tokens; --max_length is {self.max_length}'
         if not any(labels[1:]):
-            fail(f'{chat.name}: no answer to predict is left ({size})')
+            raise BadSample('no answer to predict is left', size)
         if ids.count(self.tokenizer.image) != self.image_tokens * (chat.image is not None):
-            fail(f'{chat.name}: its image is cut off, or it has none and sub-stage A needs one ({size})')
+            kind = 'its image is cut off' if chat.image else 'no image, which sub-stage A needs'
+            raise BadSample(kind, size)
         return ids, labels, length > self.max_length
 
 

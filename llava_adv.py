@@ -31,7 +31,7 @@ import math
 import re
 import sys
 import tempfile
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Literal
 
@@ -61,6 +61,7 @@ class Config:
     llm: str = 'tiny'  # 'tiny' (trained here, on the text), a directory, or a repository id of Hugging Face
     prompt: Literal['', 'v1', 'chat'] = ''  # of B: Vicuna's, or the LLM's own; default: --init's, else chat
     max_length: int = 2048  # tokens of a sample, image tokens included; longer ones are cut
+    max_bad: float = 0.01  # fraction of the samples that may be left out, as unfit to learn from
     resume: bool = False  # continue the run in --out; start it where there is none
     seed: int = 0  # of order, augmentation, δ₀, adapters, dropout and the tiny LLM
     chat: str = ''  # FILE of an image: ask the LLaVA in --init about it, instead of training
@@ -374,11 +375,12 @@ def main(cfg: Config, given: set[str]) -> None:
     check_config(cfg, given, world)
     first_step = state['step'] if state else 0
     plan = sub_stages(cfg)
-    last_step = sum(steps for _, _, steps, _ in plan)
     model, tokenizer = build(cfg, state, rank, device)
     of_llm = fingerprint(model.llm)  # before any of it is trained
     if state and state['llm'] != of_llm:
         data.fail(f'--resume: the LLM ({cfg.llm}) is not the one that the run in {cfg.out} began with')
+    plan = [check_samples(cfg, stage, model, tokenizer) for stage in plan]
+    last_step = sum(steps for *_, steps, _ in plan)
     model.to(device).eval()  # only the adapters know dropout, and they are told when
     model.llm.checkpointing = cfg.checkpoint
     wide = device.type == 'cuda' or cfg.dtype == 'bfloat16'
@@ -401,14 +403,12 @@ def main(cfg: Config, given: set[str]) -> None:
             run.write_card(clip_adv.card(cfg, what, 2, header, facts, LOAD[bool(wrong) :]))
 
     run, end = None, 0
-    for sub, chats, steps, batch_size in plan:
+    for sub, chats, prompt, steps, batch_size in plan:
         begin, end = end, end + steps
         if first_step >= end and end < last_step:  # resumed in the other sub-stage
             continue
         # ------------------------------------------------------------------ what is trained, and on what
         model.pad = sub == 'B'
-        style = 'plain' if sub == 'A' else model.style
-        prompt = data.Prompt(tokenizer, style, model.image_tokens, cfg.max_length)
         groups = trainable(model, cfg, sub)
         trained = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(groups, weight_decay=cfg.wd, betas=(0.9, 0.999), fused=True)
@@ -422,7 +422,6 @@ def main(cfg: Config, given: set[str]) -> None:
         if run is None:
             run = data.Run(cfg, first_step, last_step, facts, device)
             export(first_step)
-        check_samples(chats, prompt, run)
         done = max(first_step - begin, 0)
         order = data.order(len(chats), batch_size, range(done, steps), cfg.seed, rank, world)
         samples = data.ChatDataset(chats, prompt, model.fit, cfg.seed)
@@ -506,8 +505,8 @@ def main(cfg: Config, given: set[str]) -> None:
     run.finish(f'{cfg.out} {opens}; measure it with: python eval.py vqa {cfg.out}')
 
 
-def sub_stages(cfg: Config) -> list[tuple[str, data.Chats, int, int]]:
-    """What is trained on, in order: (A or B, conversations, updates, batch size)."""
+def sub_stages(cfg: Config) -> list[tuple]:
+    """What is trained on, in order: (A or B, conversations, None for now, updates or -1, batch size)."""
     plan = []
     if cfg.steps_a:
         source, root = cfg.data_a or cfg.data, cfg.image_root_a or cfg.image_root
@@ -515,7 +514,7 @@ def sub_stages(cfg: Config) -> list[tuple[str, data.Chats, int, int]]:
     if cfg.steps_b:
         chats = data.load_chats(cfg.data, 'train', cfg.image_root, turns=cfg.turns)
         plan.append(('B', chats, cfg.steps_b, cfg.batch_size))
-    return [(sub, chats, n if n > 0 else max(1, len(chats) // b), b) for sub, chats, n, b in plan]
+    return [check_samples(cfg, stage) for stage in plan]
 
 
 def trainable(model: LLaVA, cfg: Config, sub: str) -> list[dict]:
@@ -610,24 +609,42 @@ def fingerprint(llm: Llama) -> str:
     return digest.hexdigest()
 
 
-def check_samples(chats: data.Chats, prompt: data.Prompt, run: data.Run) -> None:
-    """Before hours of training: every sample has something to predict, or it is named (see Prompt)."""
-    few = run.rank > 0 or len(chats) < 50_000
-    mine = tqdm(chats.chats[run.rank :: run.world], desc='checking the samples', disable=few)
-    cut = sum(data.gather_objects(sum(prompt.cut(chat)[2] for chat in mine)))
-    if cut and run.rank == 0:
-        said = f'{cut} of {len(chats)} conversations are cut at {prompt.max_length} tokens'
-        print(f'warning: {said}; see --max_length')
+def check_samples(cfg: Config, stage: tuple, model: LLaVA | None = None, tokenizer=None) -> tuple:
+    """Before hours of training: the sub-stage with its prompt and what can be learned from, the same on all
+    ranks, which share the work. The rest is counted by kind.   model: None before it is there"""
+    (sub, chats, *_, steps, size), (rank, world) = stage, data.rank_and_world()
+    mine, prompt, bad, cut = [], None, dict(chats.bad), 0
+    if model:
+        style, mine = 'plain' if sub == 'A' else model.style, chats.chats[rank::world]
+        prompt = data.Prompt(tokenizer, style, model.image_tokens, cfg.max_length)
+    for chat in tqdm(mine, desc='checking the samples', disable=rank > 0 or len(mine) < 50_000):
+        try:
+            cut += prompt.cut(chat)[2]
+        except (data.BadSample, data.BadTemplate) as e:  # a template may refuse some texts only
+            bad[chat.name] = (*e.args, '')[:2]
+    bad = {name: why for of_rank in data.gather_objects(bad) for name, why in of_rank.items()}
+    kept = [chat for chat in chats.chats if chat.name not in bad]
+    kinds, total = [kind for kind, _ in bad.values()], len(kept) + len(bad)
+    counts = ''.join(f', {kinds.count(kind)} × {kind}' for kind in dict.fromkeys(kinds))
+    cut = f'{sum(data.gather_objects(cut))} are cut at --max_length {cfg.max_length}'
+    said = f'of {total} samples {cut}, and {len(bad)} cannot be learned from{counts}'
+    said += ''.join(f'\n  {name}: {kind}: {more}' for name, (kind, more) in list(bad.items())[:10])
+    if len(bad) > cfg.max_bad * total or not kept:
+        data.fail(f'--max_bad {cfg.max_bad:g}: {said}')
+    if model and rank == 0:
+        print(f'sub-stage {sub}: {said}')
+    steps = max(1, len(kept) // size) if model and steps < 0 else steps
+    return sub, replace(chats, chats=kept, bad=bad), prompt, steps, size
 
 
 def check_config(cfg: Config, given: set[str], world: int) -> None:
     """Refuses what cannot be meant, with what, value, limit and flag; fills in α."""
     clip_adv.check_attack(cfg)
     least = dict(steps_a=-1, steps_b=-1, batch_a=1, batch_size=1, micro_batch=0, lr=0, lr_a=0)
-    least |= dict(lr_projector=0, lr_tower=0)
+    least |= dict(lr_projector=0, lr_tower=0, wd=0, workers=0, max_bad=0)
     least |= dict(lora_r=0, lora_dropout=0, warmup=0, turns=1, max_length=2, log_every=1, save_every=1)
     for name, bound in least.items():
-        if getattr(cfg, name) < bound:
+        if not getattr(cfg, name) >= bound:  # nor is nan
             data.fail(f'--{name} {getattr(cfg, name)}: must be at least {bound}')
     for steps, name in ((cfg.steps_a, 'batch_a'), (cfg.steps_b, 'batch_size')):
         if steps and getattr(cfg, name) % world:
@@ -1035,7 +1052,7 @@ def arithmetic(cfg: Config, plan: list, model: LLaVA, world: int) -> str:
     parts = 'LLaVA: tower {:.2f} M, projector {:.2f} M, LLM {:.2f} M parameters'.format(*millions)
     image = f'{model.image_tokens} tokens per image at {model.visual.size} px'
     lines = [f'{parts}; {image}; {clip_adv.attack_text(cfg)}']
-    for sub, chats, steps, size in plan:
+    for sub, chats, _, steps, size in plan:
         micro = f' in micro-batches of {cfg.micro_batch}' if cfg.micro_batch else ''
         share = f'global batch {size} = {world} process{"es" * (world > 1)} × {size // world}{micro}'
         epochs = f'{steps} updates = {steps * size / len(chats):.2f} epochs'

@@ -442,17 +442,17 @@ def test_a_prompt_to_continue_begins_like_the_training_text():
         assert prompt.encode([('<image>\nwhat color?', None)])[0] == whole[: labels.index(True)]
 
 
-def test_samples_without_an_answer():
+def test_samples_that_nothing_can_be_learned_from():
     prompt = data.Prompt(tokenizer(), 'chat', 64, 70)
-    limit = r'\(\d+ tokens, 64 of an image; --max_length is 70\)'
-    long = data.Chat('x', [('<image>\n' + 'what color is the circle? ' * 9, 'red')], 'file.json, entry 7')
-    with pytest.raises(SystemExit, match='file.json, entry 7: no answer to predict is left ' + limit):
+    limit = r'\d+ tokens; --max_length is 70'
+    long = data.Chat('x', [('<image>\n' + 'what color is the circle? ' * 9, 'red')], '')
+    with pytest.raises(data.BadSample, match='no answer to predict is left.*' + limit):
         prompt(long)
-    late = data.Chat('x', [('what color?', 'red'), ('<image>\nand here?', 'red')], 'file.json, entry 8')
-    with pytest.raises(SystemExit, match='entry 8: its image is cut off, .*' + limit):
+    late = data.Chat('x', [('what color?', 'red'), ('<image>\nand here?', 'red')], '')
+    with pytest.raises(data.BadSample, match='its image is cut off.*' + limit):
         prompt(late)
-    with pytest.raises(SystemExit, match='entry 9: its image .*, or it has none and sub-stage A needs one'):
-        data.Prompt(tokenizer(), 'plain', 64, 99)(data.Chat(None, [('hello', 'hi')], 'file.json, entry 9'))
+    with pytest.raises(data.BadSample, match='no image, which sub-stage A needs'):
+        data.Prompt(tokenizer(), 'plain', 64, 99)(data.Chat(None, [('hello', 'hi')], ''))
 
 
 def said(*texts, roles=('human', 'gpt'), **row):
@@ -508,39 +508,54 @@ def test_other_ways_to_write_a_conversation(tmp_path, row, turns):
     assert [chat.turns for chat in loaded(tmp_path, row).chats] == [turns]
 
 
-def test_llava_json(tmp_path):
-    Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / 'a.png')
+FORMAT = "not in LLaVA's format"
 
-    def load(rows):
-        (tmp_path / 'x.json').write_text(json.dumps(rows))
-        return data.load_chats(str(tmp_path / 'x.json'), image_root=str(tmp_path))
 
-    good = [said('<image>\nwhat?', 'red', 'sure?', 'yes', image='a.png', id=1), said('hello', 'hi', id=2)]
-    good += [said('left out', 'what?', 'red', roles=('gpt', 'human'), image='a.png', id=3)]
-    chats = load(good).chats
-    assert chats[0].turns == [('<image>\nwhat?', 'red'), ('sure?', 'yes')] and chats[1].image is None
-    assert chats[2].turns == [('<image>\nwhat?', 'red')]
-    for bad, message in [
-        (said('x', 'x', image=['a.png', 'a.png']), 'entry 3: ValueError'),
-        (said('x', 'x', image='b.png'), 'no such image file .see --image_root.: .*b.png'),
-        (said('x', 'an <image>', image='a.png'), 'entry 3.*where no image is shown'),
-        (said('<image> x', 'x'), 'entry 3.*where no image is shown'),
-        (said('x'), 'no answer'),
-        ({'conversations': []}, 'no answer'),
-        ({}, 'KeyError'),
-    ]:
-        with pytest.raises(SystemExit, match=message):
-            load([*good, bad])
-    for text, message in [
-        ('{', 'cannot read .*x.json'),
-        ('{}', 'expected a JSON list'),
-        ('[]', 'no conversation in it'),
-    ]:
+@pytest.mark.parametrize(
+    'kind, row',
+    [
+        ('the turns are not human, gpt', said('x', 'a', 'b', roles=('system', 'human', 'gpt'))),
+        ('the turns are not human, gpt', said('a', 'b', roles=('human', 'human'))),
+        ('no answer, or an empty text', said('a')),
+        ('no answer, or an empty text', said('a', ' \n')),
+        ('no answer, or an empty text', said('', 'b')),
+        ('no answer, or an empty text', said()),
+        ('no such image file', said('<image>', 'b', image='b.png')),
+        ('no such image file', said('<image>', 'b', image='b' * 300)),
+        ('its image leads out of --image_root', said('<image>', 'b', image='..\\x\\a.png')),
+        ('its image leads out of --image_root', said('<image>', 'b', image='/a.png')),
+        ('the word <image> where no image is shown', said('what is <image>?', 'b')),
+        ('the word <image> where no image is shown', said('a', '<image>')),
+        ('the word <image> where no image is shown', said('a', 'an <image>', image='a.png')),
+        (FORMAT, said('half \ud83d', 'b')),
+        (FORMAT, said('a', 'b', image=['a.png', 'a.png'])),
+        (FORMAT, said('a', None)),
+        (FORMAT, {'messages': [{'role': 'user', 'content': 'a'}]}),
+        (FORMAT, 'a word'),
+    ],
+)
+def test_bad_samples_are_left_out_by_kind(tmp_path, kind, row):
+    chats = loaded(tmp_path, said('a', 'b', id=7), row)
+    ((name, (found, more)),) = chats.bad.items()
+    assert len(chats) == 1 and name.endswith('x.json, entry 1') and found.startswith(kind), chats.bad
+    more.encode()  # can be printed
+    assert '(id 7)' in chats.chats[0].name
+
+
+def test_images_without_image_root(tmp_path, monkeypatch):
+    """Names are absolute, or begin where the user is."""
+    monkeypatch.chdir(tmp_path)
+    rows = [said('a', 'b', image=image) for image in ('a.png', str(tmp_path / 'a.png'))]
+    assert len(loaded(tmp_path, *rows, image_root='')) == 2
+
+
+@pytest.mark.parametrize('text', ['{', '{}', '[]', '"a"', None])
+def test_files_that_are_no_conversations(tmp_path, text):
+    if text:
         (tmp_path / 'x.json').write_text(text)
-        with pytest.raises(SystemExit, match=message):
-            data.load_chats(str(tmp_path / 'x.json'))
-    with pytest.raises(SystemExit, match="'easyvqa', or a JSON file"):
-        data.load_chats(str(tmp_path / 'nowhere.json'))
+    message = 'no conversation in it' if text == '[]' else "'easyvqa', or a JSON file.*expected a JSON list"
+    with pytest.raises(SystemExit, match=message):
+        data.load_chats(str(tmp_path / 'x.json'))
 
 
 def test_easyvqa_conversations():

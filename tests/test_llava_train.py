@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -63,11 +64,15 @@ def mixed(tmp_path):
 def test_the_whole_step_is_the_same_in_one_process_in_two_and_in_micro_batches(parts, mixed, tmp_path):
     """Adversarial, with text-only samples, unequal numbers of answer tokens and dropout: gradients agree to
     1e-5, starts to the bit."""
-    settings = dict(parts, **mixed, grad_clip=1e9, prompt='v1')
+    rows = json.loads(mixed['data'].read_text())
+    bad = {**rows[2], 'image': 'gone.png'}, json.loads(json.dumps(rows[2]).replace('what', 'what? ' * 400))
+    mixed['data'].write_text(json.dumps([*rows[:3], *bad, *rows[3:]]))  # left out, the same on both ranks
+    settings = dict(parts, **mixed, grad_clip=1e9, prompt='v1', max_length=1000, max_bad=0.5)
     execute(one_step(tmp_path / 'one', **settings, out=tmp_path / 'r1'))
     execute(one_step(tmp_path / 'micro', **settings, micro_batch=1, out=tmp_path / 'r2'))
     how = flags(**settings, micro_batch=2, out=tmp_path / 'r3')
     output = execute(torchrun(2, ONE_STEP, str(tmp_path / 'two'), 'stage=llava_adv', *how))
+    assert 'of 8 samples 0 are cut at --max_length 1000, and 2 cannot be learned from, 1 × ' in output
     assert 'broadcast_buffers' not in output  # of which torch 2.13 and newer warn
     files = [tmp_path / name for name in ('one.0', 'micro.0', 'two.0', 'two.1')]
     one, micro, *two = (torch.load(file, weights_only=True) for file in files)
@@ -246,7 +251,10 @@ def test_the_last_block_is_kept_as_it_was(parts, whole):
         (dict(init='runs/clip_adv'), 'make it first: python clip_adv.py'),
         (dict(llm='nowhere'), '--llm nowhere: no such file or directory'),
         (dict(data='nowhere'), '--data nowhere'),
-        (dict(max_length=16), 'a.json, entry 0 .*no answer .*is left.*--max_length is 16'),
+        (dict(max_length=16), '40 × no answer .*\n.*a.json, entry 0 .*--max_length is 16'),
+        (dict(max_bad=-1), '--max_bad -1'),
+        (dict(max_bad=float('nan')), '--max_bad nan'),
+        (dict(workers=-1), '--workers -1'),
         (dict(turns=0), '--turns 0'),
     ],
 )
@@ -267,7 +275,56 @@ def test_settings_with_few_values(parts, tmp_path, capsys, name, value):
 
 def test_cut_samples_are_counted(parts, mixed, tmp_path, capsys):
     train(parts, **mixed | dict(out=tmp_path / 'run', max_length=40, prompt='chat', workers=1))
-    assert 'of 6 conversations are cut at 40 tokens; see --max_length' in capsys.readouterr().out
+    assert ' are cut at --max_length 40, and 0 cannot be learned' in capsys.readouterr().out
+
+
+def write_rows(mixed, *change):
+    """The conversations again, each followed by what the functions make of it."""
+    rows = json.loads(mixed['data'].read_text())
+    mixed['data'].write_text(json.dumps([made for row in rows for made in (row, *(f(row) for f in change))]))
+
+
+def test_bad_samples_end_the_run_above_a_limit(parts, mixed, tmp_path, capsys, monkeypatch):
+    """What needs no language model is found before there is one; all are counted, ten are listed."""
+    write_rows(mixed, lambda row: row | {'image': 'gone.png'}, lambda row: row | {'conversations': 5})
+    monkeypatch.setattr(llava_adv, 'build', lambda *_: pytest.fail('too early'))
+    with pytest.raises(SystemExit) as e:
+        train(parts, **mixed, out=tmp_path / 'run')
+    said = str(e.value).splitlines()
+    assert said[0].startswith('error: --max_bad 0.01: of 18 samples ') and len(said) == 11
+    assert '12 cannot be learned from, 6 × no such image file' in said[0] and '6 × not in LLaVA' in said[0]
+    assert 'mixed.json, entry 1: no such image file' in said[1] and 'gone.png' in said[1]
+    assert not (tmp_path / 'run').exists()
+    monkeypatch.undo()
+    train(parts, **mixed, out=tmp_path / 'run', max_bad=0.7)
+    assert '12 cannot be learned from' in capsys.readouterr().out
+    (tmp_path / 'mixed.json').write_text('[5, 6]')
+    with pytest.raises(SystemExit, match='2 cannot be learned from'):
+        train(parts, **mixed, out=tmp_path / 'all', max_bad=1)
+
+
+def test_an_epoch_is_one_of_what_is_kept(parts, mixed):
+    """And a template that cannot express a conversation leaves that one out."""
+    write_rows(mixed, lambda row: json.loads(json.dumps(row).replace('what', 'odd')))
+    _, tok = llava_adv.load_llm(str(parts['llm']), torch.float32)
+    refuse = "{% if 'odd' in messages[0]['content'] %}{{ raise_exception('no') }}{% endif %}"
+    tok.chat_template = refuse + tok.chat_template
+    model = types.SimpleNamespace(style='chat', image_tokens=4)
+    cfg = llava_adv.Config(data=str(mixed['data']), image_root=str(mixed['image_root']), max_bad=0.5)
+    cfg.steps_a, cfg.steps_b, cfg.batch_size = 0, -1, 2
+    (stage,) = llava_adv.sub_stages(cfg)
+    _, chats, prompt, steps, _ = llava_adv.check_samples(cfg, stage, model, tok)
+    assert len(chats) == len(chats.bad) == 6 and steps == 3 and prompt.style == 'chat'
+    assert all('TemplateError: no; use --prompt v1' in kind for kind, _ in chats.bad.values())
+
+
+def test_all_samples_are_checked_before_the_first_update(parts, tmp_path):
+    """Those of B, too, before A is trained."""
+    rows = parts['data'].read_text().replace('"human", "value": "', '"human", "value": "' + 'what? ' * 400)
+    (tmp_path / 'b.json').write_text(rows)
+    with pytest.raises(SystemExit, match='40 × no answer to predict is left'):
+        train(parts, out=tmp_path / 'run', data=tmp_path / 'b.json', max_length=900)
+    assert not (tmp_path / 'run').exists()
 
 
 def test_the_export_is_tried_before_the_first_update(parts, tmp_path, monkeypatch):
@@ -292,7 +349,7 @@ def test_a_run_that_dies_beside_its_tiny_llm_is_resumed(parts, tmp_path, monkeyp
     """Killed while it is trained, then stopped before the first checkpoint: --resume needs no other flag, and
     trains a finished one no second time."""
     settings = {k: v for k, v in parts.items() if k != 'llm'} | dict(steps_b=1, seed=3)
-    train_llm, check_samples = llava_adv.train_tiny_llm, llava_adv.check_samples
+    train_llm, arithmetic = llava_adv.train_tiny_llm, llava_adv.arithmetic
     monkeypatch.setattr(llava_adv, 'train_tiny_llm', lambda folder, cfg: train_llm(folder, cfg, steps=2))
     train(settings, out=tmp_path / 'whole')
 
@@ -301,12 +358,12 @@ def test_a_run_that_dies_beside_its_tiny_llm_is_resumed(parts, tmp_path, monkeyp
     assert not (out / 'train_state.pt').exists() and not (out / 'llm' / 'config.json').exists()
     with pytest.raises(SystemExit, match='continue it with --resume'):
         train(settings, out=out)
-    monkeypatch.setattr(llava_adv, 'check_samples', lambda *_: sys.exit('stopped'))
+    monkeypatch.setattr(llava_adv, 'arithmetic', lambda *_: sys.exit('stopped'))
     with pytest.raises(SystemExit, match='stopped'):
         resume(out)
     llm = contents(out / 'llm')
     assert llm == contents(tmp_path / 'whole' / 'llm') and not (out / 'train_state.pt').exists()
-    monkeypatch.setattr(llava_adv, 'check_samples', check_samples)
+    monkeypatch.setattr(llava_adv, 'arithmetic', arithmetic)
     monkeypatch.setattr(llava_adv, 'train_tiny_llm', lambda *_: pytest.fail('it is there already'))
     resume(out)
     assert_same_state(state(out), state(tmp_path / 'whole'))

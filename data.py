@@ -129,8 +129,6 @@ class Pairs:
 
 def load_pairs(data: str, split='train', holdout: str = '', caption_key: str = 'text') -> Pairs:
     """data: 'easyvqa' or a folder.  split: train, val or test.  holdout: 'red circle,blue triangle', say"""
-    if split not in SPLITS:
-        fail(f'--split {split}: must be {", ".join(SPLITS)}')
     pairs = easyvqa(split) if data == 'easyvqa' else folder(Path(data), split, caption_key)
     if held := held_out(holdout):
         if missing := set(held) - set(map(pair_name, pairs.captions)):
@@ -166,6 +164,8 @@ def easyvqa_split(split: str) -> tuple[dict[int, tuple[str, str]], list[tuple[st
     """({image: (colour, shape)} where these are known, [(question, answer, image)], folder of the images)
 
     val is a tenth of the captioned training images and never trained on, whatever --seed a run has."""
+    if split not in ('train', 'val', 'test'):
+        fail(f'--split {split}: easyvqa has train, val and test')
     with reading('--data easyvqa', 'the package easy-vqa: pip install easy-vqa'):
         import easy_vqa
     published = 'test' if split == 'test' else 'train'
@@ -212,9 +212,10 @@ def folder_of(path: Path, split: str) -> Path:
         return any((folder / name).is_file() for name in TABLES)
 
     one = has_table(path)  # whose images may lie in a folder called train
-    there = [name for name in SPLITS if (has_table if one else Path.is_dir)(path / name)]
-    if there and split not in there:
-        fail(f'--data {path}: no split {split}; there are {", ".join(there)}')
+    names = dict.fromkeys([*SPLITS, split])
+    there = [name for name in names if (has_table if one else Path.is_dir)(path / name)]
+    if split not in (there or SPLITS):
+        fail(f'--data {path}: no split {split}; there are {", ".join(there) or "none"}')
     return path / split if there else path
 
 

@@ -35,6 +35,7 @@ import time
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from functools import partial
+from glob import glob
 from pathlib import Path
 from statistics import fmean, stdev
 from types import SimpleNamespace
@@ -347,13 +348,15 @@ def zeroshot(args) -> Report:
             numbers = sample(images.n, name, args, keep=subset(images, path, args))
             task, title = ZeroShot(args, classifier, images), f'{Path(path).name} {Path(name).name}'
             for eps, of in measure(args, task, numbers, [0.0, *args.eps], title).items():
-                common = about(args, path, eps, subset=args.subset, data=name)
+                common = about(args, path, eps, subset=args.subset, data=name, split=images.split)
                 ahead, labels = map(list, zip(*(of[i] for i in numbers)))
                 own += zeroshot_rows({**common, 'classes': len(images.classes)}, labels, ahead)
                 stands = ''.join('0' if k else '1' for k in ahead)
-                outcomes.append({**common, 'survives': stands, 'labels': labels, 'classes_ahead': ahead})
+                outcomes.append({**common, 'asked': images.note, 'survives': stands, 'labels': labels})
+                outcomes[-1]['classes_ahead'] = ahead
         rows += own + (average(own) if len(args.data) > 1 else [])
-    title = f'zero-shot classification, in %, split {args.split}, {args.subset} captions; {attack_text(args)}'
+    asked = '; '.join(dict.fromkeys(outcome['asked'] for outcome in outcomes))
+    title = f'zero-shot classification, in %, {args.subset} captions; {attack_text(args)}; {asked}'
     return Report(rows, outcomes, title, ['measure', 'model', 'data', 'n'], 'eps', ('accuracy',))
 
 
@@ -482,14 +485,15 @@ def typographic(args) -> Report:
         classifier = Classifier(path, args.device).embed_classes(images.classes, images.templates)
         task = Typographic(args, classifier, images)
         for height, found in measure(args, task, numbers, args.font, Path(path).name).items():
-            common = about(args, path, 0.0, height=height, attack='letters' if height else 'none')
+            how = {'attack': 'letters' if height else 'none', 'split': images.split}
+            common = about(args, path, 0.0, height=height, **how)
             right, wrong, seen = map(list, zip(*(found[i] for i in numbers)))
             rows.append(row(common, 'accuracy', [s == r for s, r in zip(seen, right)]))
             rows.append(row(common, 'the written class', [s == w for s, w in zip(seen, wrong)]))
             outcomes.append({**common, 'labels': right, 'written': wrong, 'seen': seen})
     if args.grid and args.rank == 0:
         targeted_grid(args, images, numbers[0])
-    title = f'a wrong class name, in %, {args.data[0]} {args.split}, n = {len(numbers)}; by height of letters'
+    title = f'a wrong class name, in %, by height of letters; n = {len(numbers)} of {images.note}'
     return Report(rows, outcomes, title, ['model', 'measure'], 'height', ('accuracy', 'the written class'))
 
 
@@ -841,10 +845,10 @@ def audit(args) -> Report:
         checks = Audit(args, model, loaded[0], eps / 255, *source).checks()
         for name, holds, figure in tqdm(checks, path, total=12, disable=args.quiet or args.rank > 0):
             verdict, value = ('SKIP', None) if holds is None else (('FAIL', 'PASS')[holds], float(holds))
-            common = about(args, path, eps, check=name, verdict=verdict, figure=figure)
+            common = about(args, path, eps, split=images.split, check=name, verdict=verdict, figure=figure)
             rows.append(row(common, 'audit', value, len(numbers)))
     counts = ', '.join(f'{n} checks {verdict}' for verdict, n in Counter(r['verdict'] for r in rows).items())
-    title = f'audit, {args.data[0]} {args.split}, n = {len(numbers)}, ε = {eps:g}/255; figures in % are '
+    title = f'audit, n = {len(numbers)} of {images.note}, ε = {eps:g}/255; figures in % are '
     title += f'robust accuracies, tolerance 1 point (1 image if n < 100): {counts}'
     return Report(rows, [], title, ['model', 'check', 'verdict', 'figure'])
 
@@ -1090,6 +1094,7 @@ class ClassSet:
     classes: list[str]
     templates: list[str]  # such as 'a photo of a {c}.'
     note: str = ''
+    split: str = ''  # '' if it is not divided
 
     def item(self, number: int) -> tuple[Image.Image, int]:
         image, label = self.open(number)
@@ -1099,38 +1104,110 @@ class ClassSet:
         return image, label
 
 
-def both(prefixes: str, before: str = '', behind: str = '') -> list[str]:
-    """'a photo of' → 'a photo of a {c}.', 'a photo of the {c}.', for each prefix, word before and behind"""
-    parts = itertools.product(*(text.split(',') for text in (prefixes, before, behind)), ('a', 'the'))
-    return [' '.join(f'{prefix} {a} {first} {{c}} {last}'.split()) + '.' for prefix, first, last, a in parts]
+def listed(text: str) -> list[str]:
+    """'one; two' → ['one', 'two'], whatever the line breaks; with @ for an article, 'a' and 'the' in turn"""
+    signs = {'○': 'red and white circle', '△': 'red and white triangle', '●': 'blue circle with white'}
+    parts = re.sub(r'\n +', ' ', text).translate(str.maketrans(signs)).split('; ')
+    return [part.replace('@', a) for part in parts for a in (['a', 'the'] if '@' in part else [''])]
 
 
-# The prompts that OpenAI published with CLIP (their notebook and data/prompts.md), ordered by their pattern.
+# The prompts of CLIP_benchmark for torchvision's sets, nearly all of which OpenAI published with CLIP
 TEMPLATES = {
-    'imagenet': [
-        *both('a bad photo of, a sculpture of, a low resolution photo of, a rendering of, graffiti of'),
-        *both('a cropped photo of, a tattoo of, a bright photo of, a dark photo of, a drawing of'),
-        *both('a close-up photo of, a black and white photo of, a painting of, a pixelated photo of'),
-        *both('a jpeg corrupted photo of, a blurry photo of, a photo of, a good photo of, a doodle of'),
-        *both('a sketch of, a rendition of, art of, itap of'),
-        *both('', 'embroidered, plastic, origami, toy, cartoon, plushie'),
-        *both('a photo of', 'hard to see, clean, dirty, cool, large, nice, weird, small'),
-        *('a {c} in a video game.', 'the {c} in a video game.', 'a photo of many {c}.', 'a photo of my {c}.'),
-        *('a photo of one {c}.', 'itap of my {c}.'),
-    ],
-    'cifar': [
-        *both('a photo of, a blurry photo of, a black and white photo of, a low contrast photo of'),
-        *both('a high contrast photo of, a bad photo of, a good photo of'),
-        *both('a photo of', 'small, big'),
-    ],
-    'Food101': ['a photo of {c}, a type of food.'],
-    'OxfordIIITPet': ['a photo of a {c}, a type of pet.'],
-    'FGVCAircraft': ['a photo of a {c}, a type of aircraft.', 'a photo of the {c}, a type of aircraft.'],
-    'Flowers102': ['a photo of a {c}, a type of flower.'],
-    'DTD': both('a photo of', '', 'texture, pattern, thing, object'),
-    'EuroSAT': [f'a centered satellite photo of {article}{{c}}.' for article in ('', 'a ', 'the ')],
+    'imagenet': """a bad photo of @ {c}.; a low resolution photo of @ {c}.; a rendering of @ {c}.; a cropped
+      photo of @ {c}.; a bright photo of @ {c}.; a dark photo of @ {c}.; a close-up photo of @ {c}.; a black
+      and white photo of @ {c}.; a pixelated photo of @ {c}.; a jpeg corrupted photo of @ {c}.; a blurry photo
+      of @ {c}.; a good photo of @ {c}.; itap of @ {c}.; a photo of @ hard to see {c}.; a photo of @ clean
+      {c}.; a photo of @ dirty {c}.; a photo of @ cool {c}.; a photo of @ large {c}.; a photo of @ nice {c}.;
+      a photo of @ weird {c}.; a photo of @ small {c}.; a photo of many {c}.; a photo of my {c}.; a photo of
+      one {c}.; itap of my {c}.""",
+    'cifar': """a photo of @ {c}.; a blurry photo of @ {c}.; a black and white photo of @ {c}.; a low contrast
+      photo of @ {c}.; a high contrast photo of @ {c}.; a bad photo of @ {c}.; a good photo of @ {c}.; a photo
+      of @ small {c}.; a photo of @ big {c}.""",
+    'Caltech101': """a photo of @ {c}.; a painting of @ {c}.; a sculpture of @ {c}.; a sketch of @ {c}.; a
+      tattoo of @ {c}.; a rendition of @ {c}.; art of @ {c}.; graffiti of @ {c}.; a drawing of @ {c}.; a
+      doodle of @ {c}.; @ embroidered {c}.; @ plastic {c}.; @ origami {c}.; @ toy {c}.; @ cartoon {c}.; @
+      plushie {c}.; @ {c} in a video game.""",
+    'Country211': """a photo i took in {c}.; a photo i took while visiting {c}.; a photo from my home country
+      of {c}.; a photo from my visit to {c}.; a photo showing the country of {c}.""",
+    'DTD': """a photo of @ {c} texture.; a photo of @ {c} pattern.; a photo of @ {c} thing.; a photo of @ {c}
+      object.""",
+    'EuroSAT': 'a centered satellite photo of {c}.; a centered satellite photo of @ {c}.',
+    'FER2013': """a photo of a {c} looking face.; a photo of a face showing the emotion: {c}.; a photo of a
+      face looking {c}.; a face that looks {c}.; they look {c}.; look at how {c} they are.""",
+    'FGVCAircraft': 'a photo of @ {c}, a type of aircraft.',
+    'Flowers102': 'a photo of a {c}, a type of flower.',
+    'Food101': 'a photo of {c}, a type of food.',
+    'GTSRB': """a zoomed in photo of a "{c}" traffic sign.; a centered photo of a "{c}" traffic sign.; a close
+      up photo of a "{c}" traffic sign.""",
+    'MNIST': 'a photo of the number: "{c}".',
+    'OxfordIIITPet': 'a photo of a {c}, a type of pet.',
+    'PCAM': 'a histopathology slide showing {c}; histopathology image of {c}',
+    'RenderedSST2': 'a {c} review of a movie.',
+    'STL10': 'a photo of @ {c}.',
+    'SVHN': """a photo of the number {c} written on a sign; an outdoor house number {c}; the number {c} in the
+      center of the image; an outdoor number {c} writte on a sign; an outdoor number {c}; a centered image of
+      the number {c}""",
+    'StanfordCars': """a photo of @ {c}.; a photo of my {c}.; i love my {c}!; a photo of my dirty {c}.; a
+      photo of my clean {c}.; a photo of my new {c}.; a photo of my old {c}.""",
 }
-TEMPLATES |= {'CIFAR10': TEMPLATES['cifar'], 'CIFAR100': TEMPLATES['cifar']}
+TEMPLATES = {name: listed(text) for name, text in TEMPLATES.items()}
+TEMPLATES['imagenet'] += TEMPLATES['Caltech101']
+TEMPLATES |= {'CIFAR10': TEMPLATES['cifar'], 'CIFAR100': TEMPLATES['cifar'], 'SUN397': TEMPLATES['STL10']}
+# CLIP_benchmark's class names (en_classnames.json) in the order of torchvision's labels, where torchvision
+# has none or others; or only those that differ: torchvision's=CLIP_benchmark's
+CLASS_NAMES = {
+    'Caltech101': """Faces=off-center face; Faces_easy=centered face; Leopards=leopard; Motorbikes=motorbike;
+      airplanes=airplane; car_side=side of a car; cougar_body=body of a cougar cat; cougar_face=face of a
+      cougar cat; crocodile_head=head of a  crocodile; flamingo_head=head of a flamingo; snoopy=snoopy
+      (cartoon beagle); yin_yang=yin and yang symbol""",
+    'Country211': """Andorra; United Arab Emirates; Afghanistan; Antigua and Barbuda; Anguilla; Albania;
+      Armenia; Angola; Antarctica; Argentina; Austria; Australia; Aruba; Aland Islands; Azerbaijan; Bosnia and
+      Herzegovina; Barbados; Bangladesh; Belgium; Burkina Faso; Bulgaria; Bahrain; Benin; Bermuda; Brunei
+      Darussalam; Bolivia; Bonaire, Saint Eustatius and Saba; Brazil; Bahamas; Bhutan; Botswana; Belarus;
+      Belize; Canada; DR Congo; Central African Republic; Switzerland; Cote d'Ivoire; Cook Islands; Chile;
+      Cameroon; China; Colombia; Costa Rica; Cuba; Cabo Verde; Curacao; Cyprus; Czech Republic; Germany;
+      Denmark; Dominica; Dominican Republic; Algeria; Ecuador; Estonia; Egypt; Spain; Ethiopia; Finland; Fiji;
+      Falkland Islands; Faeroe Islands; France; Gabon; United Kingdom; Grenada; Georgia; French Guiana;
+      Guernsey; Ghana; Gibraltar; Greenland; Gambia; Guadeloupe; Greece; South Georgia and South Sandwich Is.;
+      Guatemala; Guam; Guyana; Hong Kong; Honduras; Croatia; Haiti; Hungary; Indonesia; Ireland; Israel; Isle
+      of Man; India; Iraq; Iran; Iceland; Italy; Jersey; Jamaica; Jordan; Japan; Kenya; Kyrgyz Republic;
+      Cambodia; St. Kitts and Nevis; North Korea; South Korea; Kuwait; Cayman Islands; Kazakhstan; Laos;
+      Lebanon; St. Lucia; Liechtenstein; Sri Lanka; Liberia; Lithuania; Luxembourg; Latvia; Libya; Morocco;
+      Monaco; Moldova; Montenegro; Saint-Martin; Madagascar; Macedonia; Mali; Myanmar; Mongolia; Macau;
+      Martinique; Mauritania; Malta; Mauritius; Maldives; Malawi; Mexico; Malaysia; Mozambique; Namibia; New
+      Caledonia; Nigeria; Nicaragua; Netherlands; Norway; Nepal; New Zealand; Oman; Panama; Peru; French
+      Polynesia; Papua New Guinea; Philippines; Pakistan; Poland; Puerto Rico; Palestine; Portugal; Palau;
+      Paraguay; Qatar; Reunion; Romania; Serbia; Russia; Rwanda; Saudi Arabia; Solomon Islands; Seychelles;
+      Sudan; Sweden; Singapore; St. Helena; Slovenia; Svalbard and Jan Mayen Islands; Slovakia; Sierra Leone;
+      San Marino; Senegal; Somalia; South Sudan; El Salvador; Sint Maarten; Syria; Eswatini; Togo; Thailand;
+      Tajikistan; Timor-Leste; Turkmenistan; Tunisia; Tonga; Turkey; Trinidad and Tobago; Taiwan; Tanzania;
+      Ukraine; Uganda; United States; Uruguay; Uzbekistan; Vatican; Venezuela; British Virgin Islands; United
+      States Virgin Islands; Vietnam; Vanuatu; Samoa; Kosovo; Yemen; South Africa; Zambia; Zimbabwe""",
+    'EuroSAT': """annual crop land; forest; brushland or shrubland; highway or road; industrial buildings or
+      commercial buildings; pasture land; permanent crop land; residential buildings or homes or apartments;
+      river; lake or sea""",
+    'FER2013': 'angry; disgusted; fearful; happy; sad; surprised; neutral',  # there A to Z, as its files are
+    'Flowers102': """globe-flower=globe flower; pink-yellow dahlia?=pink and yellow dahlia; ball moss=air
+      plant""",
+    'GTSRB': """○ 20 kph speed limit; ○ 30 kph speed limit; ○ 50 kph speed limit; ○ 60 kph speed limit; ○ 70
+      kph speed limit; ○ 80 kph speed limit; end / de-restriction of 80 kph speed limit; ○ 100 kph speed
+      limit; ○ 120 kph speed limit; ○ red car and black car no passing; ○ red truck and black car no passing;
+      △ road intersection warning; white and yellow diamond priority road; red and white upside down triangle
+      yield right-of-way; stop; empty ○; ○ no truck entry; red circle with white horizonal stripe no entry; △
+      with exclamation mark warning; △ with black left curve approaching warning; △ with black right curve
+      approaching warning; △ with black double curve approaching warning; △ rough / bumpy road warning; △ car
+      skidding / slipping warning; △ with merging / narrow lanes warning; △ with person digging / construction
+      / road work warning; △ with traffic light approaching warning; △ with person walking warning; △ with
+      child and person walking warning; △ with bicyle warning; △ with snowflake / ice warning; △ with deer
+      warning; white circle with gray strike bar no speed limit; ● right turn arrow mandatory; ● left turn
+      arrow mandatory; ● forward arrow mandatory; ● forward or right turn arrow mandatory; ● forward or left
+      turn arrow mandatory; ● keep right arrow mandatory; ● keep left arrow mandatory; ● arrows indicating a
+      traffic circle; white circle with gray strike bar indicating no passing for cars has ended; white circle
+      with gray strike bar indicating no passing for trucks has ended""",
+    'MNIST': '0; 1; 2; 3; 4; 5; 6; 7; 8; 9',
+    'PCAM': 'lymph node; lymph node containing metastatic tumor tissue',
+    'SVHN': 'zero; one; two; three; four; five; six; seven; eight; nine',
+}
 NAMES = 'give --classnames FILE, a name a line, line 1 for label 0'
 
 
@@ -1138,38 +1215,52 @@ def class_set(name, split='test', root='data', download=False, classnames='', te
     """name: 'easyvqa'; a folder (metadata.jsonl, whose captions are the classes; CLIP_benchmark's layout:
     classnames.txt, SPLIT/*.tar; or a folder for each class); or a class of torchvision.datasets.
     classnames, templates: files, a line each, instead of the data's own; templates: or a key of TEMPLATES."""
-    path, own = Path(name), read_lines(Path(classnames), '--classnames') if classnames else []
+    path, file, whose = Path(name), classnames, 'captions'
     if name == 'easyvqa' or any((p / 'metadata.jsonl').is_file() for p in (path, path / split)):
         found = captions_as_classes(name, split)
     elif path.is_dir():
-        names = own or read_lines(path / 'classnames.txt', f'--data {name}: no class names ({NAMES})')
-        found = (shards if any((path / split).glob('*.tar')) else image_folder)(path, split, names)
+        found = (shards if any((path / split).glob('*.tar')) else image_folder)(path, split)
+        file = file or path / 'classnames.txt'
     elif inspect.isclass(getattr(torchvision.datasets, name, None)):
         found = from_torchvision(name, split, root, download)
+        whose = 'CLIP_benchmark' if name in TEMPLATES else 'torchvision'
     else:
         known = "'easyvqa', or a class of torchvision.datasets such as CIFAR10 (upper and lower case matter)"
         data.fail(f'--data {name}: no such folder, and no name that is known: {known}')
-    found.classes = own or found.classes
+    if file:
+        names = read_lines(Path(file), f'--data {name}: no class names ({NAMES})')
+        if len(names) != len(found.classes or names):  # of shards nothing is known before they are read
+            data.fail(f'{file} has {len(names)} lines; {found.note} has {len(found.classes)} classes')
+        found.classes, whose = names, f'--classnames {file}' if classnames else 'its classnames.txt'
     if templates:
         flag = f'--templates (also: {", ".join(TEMPLATES)})'
         found.templates = TEMPLATES.get(templates) or read_lines(Path(templates), flag)
-    for template in found.templates:
-        if '{c}' not in template:
-            data.fail(f'{found.note}: the template {template!r} has no {{c}}, where the class name goes')
+    if wrong := [template for template in found.templates if '{c}' not in template]:
+        data.fail(f'{found.note}: the template {wrong[0]!r} has no {{c}}, where the class name goes')
     if len(found.classes) < 2:
         data.fail(f'--data {name}: {len(found.classes) or "no"} class names for it; 2 at least: {NAMES}')
-    (common, n), *_ = Counter(found.classes).most_common(1)
-    if n > 1:
-        data.fail(f'{found.note}: the class name {common!r} is there twice; they must differ')
+    known = [f"CLIP_benchmark's for {key}" for key, of in TEMPLATES.items() if of == found.templates]
+    by = [*known, f'--templates {templates}' if templates else 'its own'][0]
+    first = found.templates[0].replace('{c}', found.classes[0])
+    odd = [name for name, times in Counter(found.classes).items() if times > 1 or not name]
+    found.note += f' (class names: {whose}; templates: {by}, as {first!r})'
+    found.note += f'; empty or equal names, of which the first wins: {odd}' if odd else ''
     return found
 
 
 def read_lines(file: Path, what: str) -> list[str]:
-    with data.reading(f'{what}: cannot read {file}', 'a text in UTF-8'):
-        lines = [line.strip() for line in file.read_text(encoding='utf-8').rstrip().split('\n')]
-    if '' in lines:
-        data.fail(f'{what}: {file} is empty, or has an empty line, {lines.index("") + 1}')
-    return lines
+    """Empty lines at the end do not count; others do: a published list has a class without a name."""
+    return [line.strip() for line in data.read_text(file, what).rstrip().split('\n')]
+
+
+def split_folder(path: Path, split: str) -> Path:
+    """path/split; or path, if it is not divided. (A class that is called train holds no folders.)"""
+    names, kinds = 'train training val valid validation test testing dev', ('*/*', '*.tar', '*.jsonl')
+    if (path / split).is_dir():
+        return path / split
+    if splits := [name for name in names.split() if any(any((path / name).glob(kind)) for kind in kinds)]:
+        data.fail(f'--split {split}: {path} has {", ".join(splits)}')
+    return path
 
 
 def captions_as_classes(name: str, split: str) -> ClassSet:
@@ -1179,7 +1270,8 @@ def captions_as_classes(name: str, split: str) -> ClassSet:
     template = 'a {c}' if easy else '{c}'
     label = {template.replace('{c}', c): i for i, c in enumerate(classes)}
     of, labels = pairs.files, [label[c] for c in pairs.captions]
-    return ClassSet(len(of), lambda i: (data.read_image(of[i]), labels[i]), classes, [template], pairs.note)
+    how = classes, [template], pairs.note, split
+    return ClassSet(len(of), lambda i: (data.read_image(of[i]), labels[i]), *how)
 
 
 class Shards:
@@ -1190,14 +1282,16 @@ class Shards:
         found: dict[tuple[Path, str], dict] = {}  # {(tar, key): {ending: (offset, size)}}
         tars = sorted(folder.glob('*.tar'), key=lambda p: re.sub(r'\d+', lambda n: n[0].zfill(9), p.name))
         said = folder / 'nshards.txt'
-        if said.is_file() and (text := said.read_text().strip()) != str(len(tars)):
+        if said.is_file() and (text := data.read_text(said, '--data').strip()) != str(len(tars)):
             data.fail(f'{said} says {text} shards; there are {len(tars)} *.tar')
         for tar in tars:
             with data.reading(f'cannot read {tar}', 'a whole shard'), tarfile.open(tar, 'r:') as archive:
                 for member in filter(tarfile.TarInfo.isfile, archive):
                     where, slash, file = member.name.rpartition('/')
                     key, _, ending = file.partition('.')
-                    found.setdefault((tar, where + slash + key), {})[ending] = member.offset_data, member.size
+                    if key and ending:  # else it is hidden, as macOS' ._NAME, or no part of a sample
+                        files = found.setdefault((tar, where + slash + key), {})
+                        files[ending.lower()] = member.offset_data, member.size
         self.samples = list(found.items())
 
     def read(self, number: int, endings: tuple[str, ...]) -> tuple[bytes, str]:
@@ -1222,57 +1316,73 @@ class Shards:
         return self.image(number), int(content)
 
 
-def shards(path: Path, split: str, classes: list[str]) -> ClassSet:
+def shards(path: Path, split: str) -> ClassSet:
     """CLIP_benchmark's layout: classnames.txt, templates, SPLIT/*.tar with images and .cls"""
     tars, shipped = Shards(path / split), path / 'zeroshot_classification_templates.txt'
     templates = read_lines(shipped, 'templates') if shipped.is_file() else TEMPLATES['imagenet']
-    return ClassSet(len(tars.samples), tars.item, classes, templates, f'{path}, split {split}')
+    return ClassSet(len(tars.samples), tars.item, [], templates, f'{path}, split {split}', split)
 
 
-def image_folder(path: Path, split: str, classes: list[str]) -> ClassSet:
-    """A folder for each class, in SPLIT/ where there is one; line i of classnames.txt names the i-th"""
-    root = path / split if (path / split).is_dir() else path
-    with data.reading(f'--data {path}, split {split}', f'*.tar, or images in subfolders of {root}'):
-        found = torchvision.datasets.ImageFolder(root, loader=data.read_image, allow_empty=True)
-    if len(classes) != len(found.classes):
-        data.fail(f'class names have {len(classes)} lines; {root} has {len(found.classes)} folders of images')
-    return ClassSet(len(found), found.__getitem__, classes, TEMPLATES['imagenet'], f'{root}')
+def image_folder(path: Path, split: str) -> ClassSet:
+    """A folder for each class, in SPLIT/ where there is one; line i of classnames.txt names the i-th. Sorted
+    as by torchvision's ImageFolder, or as numbers if all are (ImageNetV2); nothing that is hidden counts."""
+    root, find = split_folder(path, split), partial(glob, '**/*.*', recursive=True)
+    names = sorted(p.name for p in root.iterdir() if p.is_dir() and p.name[0] != '.')
+    names.sort(key=int if all(map(str.isdecimal, names)) else str)
+    files = [(root / c / f, i) for i, c in enumerate(names) for f in sorted(find(root_dir=root / c))]
+    endings = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    of = [(file, label) for file, label in files if file.suffix.lower() in endings]
+    if not of:
+        data.fail(f'--data {path}, split {split}: neither *.tar, nor images in subfolders of {root}')
+    others = len(files) - len(of)
+    note = f'{root}, without {others} files that are no images' if others else f'{root}'
+    how = names, TEMPLATES['imagenet'], note, split if root != path else ''
+    return ClassSet(len(of), lambda i: (data.read_image(of[i][0]), of[i][1]), *how)
 
 
 def from_torchvision(name: str, split: str, root: str, download: bool) -> ClassSet:
-    """Any data set of torchvision whose items are (image, label)."""
+    """Any data set of torchvision whose items are (image, label), with CLIP_benchmark's names where known."""
     kind = getattr(torchvision.datasets, name)
     takes = inspect.signature(kind).parameters
     if download and 'download' not in takes:
         data.fail(f'--download: torchvision cannot fetch {name}; put it into --root {root}')
+    if 'train' in takes and 'split' not in takes and split not in ('train', 'test'):
+        data.fail(f'--split {split}: {name} has train and test')
     settings = {'root': root, 'download': download, 'split': split, 'train': split == 'train'}
     how = '' if download or 'download' not in takes else ' (--download fetches it)'
     with data.reading(f'--data {name}, --split {split}, --root {root}', f'its files to be there{how}'):
         images = kind(**{key: value for key, value in settings.items() if key in takes})
-    classes = [c if isinstance(c, str) else c[0] for c in getattr(images, 'classes', None) or []]
-    classes = [c.replace('_', ' ') for c in classes]
-    if name == 'EuroSAT':  # AnnualCrop
-        classes = [re.sub('(?<=[a-z])(?=[A-Z])', ' ', c).lower() for c in classes]
+    theirs = getattr(images, 'classes', None) or getattr(images, 'categories', [])
+    classes, marks = listed(CLASS_NAMES.get(name, '')), {'CIFAR100': '', 'SUN397': '_/'}.get(name, '_')
+    if name not in CLASS_NAMES or '=' in CLASS_NAMES[name]:  # marks: what CLIP_benchmark turns into spaces
+        renamed, spaced = dict(c.split('=') for c in classes if c), str.maketrans(marks, ' ' * len(marks))
+        theirs = [c if isinstance(c, str) else c[0] for c in theirs]  # of synonyms the first
+        classes = [renamed.get(c) or c.translate(spaced) for c in theirs]
+    if len(theirs) not in (0, len(classes)):
+        data.fail(f'--data {name}: {len(theirs)} classes in --root {root}, of {len(classes)}')
 
     def item(number: int) -> tuple[Image.Image, int]:
         with data.reading(f"image {number} of torchvision's {name}", 'an image and a class number'):
             image, label = images[number]
             return data.to_rgb(image), int(label)
 
-    part = f'split {split}' if {'train', 'split'} & set(takes) else 'all of it'
-    note, templates = f'torchvision.datasets.{name}, {part}', TEMPLATES.get(name, TEMPLATES['imagenet'])
-    return ClassSet(len(images), item, classes, templates, note)
+    split = split if {'train', 'split'} & set(takes) else ''
+    note, templates = f'torchvision.datasets.{name} {split}'.strip(), TEMPLATES.get(
+        name, TEMPLATES['imagenet']
+    )
+    return ClassSet(len(images), item, classes, templates, note, split)
 
 
 def caption_set(name: str, split: str = 'test') -> tuple[list[list[str]], Callable[[int], Image.Image]]:
     """(captions of each image, number → image) of 'easyvqa', a folder with metadata.jsonl (an image may have
     several lines), or shards of images and .txt files with a caption a line (CLIP_benchmark's MS-COCO)"""
-    folder = Path(name) / split
+    folder = split_folder(Path(name), split)
     if any(folder.glob('*.tar')):
         tars, captions = Shards(folder), []
         for i in range(len(tars.samples)):
             text, file = tars.read(i, ('txt',))
-            captions.append([c.strip() for c in text.decode('utf-8', 'replace').split('\n') if c.strip()])
+            with data.reading(f'cannot read {file}', 'captions in UTF-8'):
+                captions.append([c.strip() for c in text.decode('utf-8-sig').split('\n') if c.strip()])
             if not captions[-1]:
                 data.fail(f'{file} holds no caption')
         return captions, tars.image

@@ -129,6 +129,7 @@ def test_result_does_not_depend_on_the_batch_size_or_the_processes(run, tmp_path
         ahead, eps = outcome['classes_ahead'], outcome['eps']
         assert sum(k < 5 for k in ahead) / 30 == values(a, measure='top-5 accuracy', eps=eps)[0]
         assert outcome['survives'] == ''.join('01'[k == 0] for k in ahead) and len(outcome['labels']) == 30
+        assert "class names: captions; templates: its own, as 'a black circle'" in outcome['asked']
 
 
 @pytest.mark.gpu

@@ -719,7 +719,7 @@ def quiz(args, title: str, questions: list['Question'], groups: dict[str, list[i
         drawn = draw(pairs, max(args.n // 2, 1), args.seed) if pairs else draw(of, args.n, args.seed)
         groups[group] = sorted(sum(drawn, ())) if pairs else drawn
     if not all(groups.values()):
-        data.fail(f'--data {args.data[0]}, split {args.split}: no question is left')
+        data.fail(f'--data {args.data[0]}, split {args.split or "–"}: no question is left')
     numbers, rows, outcomes = sorted(set(sum(groups.values(), []))), [], []
     for q in (questions[i] for i in numbers):
         q.rounds = [('away', answer) for answer, _ in Counter(q.answers).most_common(5)]
@@ -734,7 +734,8 @@ def quiz(args, title: str, questions: list['Question'], groups: dict[str, list[i
             for name, value in {**figures, 'accuracy': scores}.items():
                 rows.append(row(common, name, value, len(those)))
             outcomes.append({**common, 'answers': {q.name: answer for q, answer in zip(those, answers)}})
-    title += f', in %, split {args.split}, of {len(questions)} questions; {attack_text(args)}, then targeted'
+    place = f'split {args.split or "–"}, of {len(questions)} questions'
+    title += f', in %, {place}; {attack_text(args)}, then targeted'
     down = ['model', 'subset', 'n', *(['eps'] if figures else [])]
     return Report(rows, outcomes, title, down, 'measure' if figures else 'eps')
 
@@ -746,8 +747,9 @@ def yes_and_no(questions: list['Question'], numbers: list[int]) -> list[tuple[in
 
 
 def vqa(args) -> Report:
-    """VQA accuracy, normalised as officially. --data: 'easyvqa', or a questions file of VQAv2 or TextVQA."""
+    """VQA accuracy, normalised as officially. --data: 'easyvqa', or a file of VQAv2, TextVQA or VizWiz."""
     questions = vqa_set(args.data[0], args.split, args.annotations, args.image_root)
+    args.split = args.split if args.data[0] == 'easyvqa' else ''  # a file is not divided
     groups = {'all': list(range(len(questions)))}
     if args.data[0] == 'easyvqa':
         balanced = data.balanced([(q.text, *q.answers) for q in questions])
@@ -763,6 +765,7 @@ def vqa(args) -> Report:
 def pope(args) -> Report:
     """Hallucination: is there …? F1, how often the answer is yes, … --data: 'easyvqa', or a file of POPE."""
     asked = pope_set(args.data[0], args.split, args.image_root)
+    args.split = args.split if args.data[0] == 'easyvqa' else ''
     groups = {'yes/no': list(range(len(asked)))}
     return quiz(args, 'POPE', asked, groups, lambda a, references: pope_scores([a], references)['accuracy'])
 
@@ -776,7 +779,8 @@ def sqa(args) -> Report:
 # --------------------------------------------------------------------------------------------------- captions
 def caption(args) -> Report:
     """CIDEr-D × 100 of captions, or forced sentences. --data: 'easyvqa', or Karpathy's or COCO's captions."""
-    images = draw(reference_set(args.data[0], args.split, args.image_root), args.n, args.seed)
+    images, args.split = reference_set(args.data[0], args.split, args.image_root)
+    images = draw(images, args.n, args.seed)
     if args.targeted:
         return targeted(args, images)
     cider, numbers, rows, outcomes = Cider([q.answers for q in images]), list(range(len(images))), [], []
@@ -792,7 +796,7 @@ def caption(args) -> Report:
     shifted = images[1:] + images[:1]  # what can be reached, and what is reached without looking:
     for model, those in (('a reference of the image', images), ('a reference of another image', shifted)):
         rows += caption_rows(about(args, model, 0.0), images, [q.answers[0] for q in those])
-    title = f'CIDEr-D × 100, facts in %, split {args.split}, n = {len(images)}; {attack_text(args)}'
+    title = f'CIDEr-D × 100, facts in %, split {args.split or "–"}, n = {len(images)}; {attack_text(args)}'
     return Report(rows, outcomes, title, ['model', 'eps'], 'measure')
 
 
@@ -823,7 +827,8 @@ def targeted(args, images: list['Question']) -> Report:
                 lines[-1] += changed(first[0.0], first[eps], eps, found[eps][0][0])
     if lines:
         pictures(Path(args.grid), lines, 'targeted captions')
-    title = f'forced texts in %, split {args.split}, n = {len(images)}; APGD {args.iterations}, ε in 1/255'
+    place = f'split {args.split or "–"}, n = {len(images)}'
+    title = f'forced texts in %, {place}; APGD {args.iterations}, ε in 1/255'
     return Report(rows, outcomes, title, ['model', 'sentence'], 'eps')
 
 
@@ -1209,6 +1214,7 @@ CLASS_NAMES = {
     'SVHN': 'zero; one; two; three; four; five; six; seven; eight; nine',
 }
 NAMES = 'give --classnames FILE, a name a line, line 1 for label 0'
+SHORT = '\nAnswer the question using a single word or phrase.'  # how LLaVA is asked
 
 
 def class_set(name, split='test', root='data', download=False, classnames='', templates='') -> ClassSet:
@@ -1412,55 +1418,71 @@ class Question:
     def __post_init__(self):
         if not self.image.is_file():
             data.fail(f'--data: no image {self.image}; see --image_root')
+        if not self.answers:
+            data.fail(f'--data (or --annotations): question {self.name}, on {self.image}, has no answers')
 
 
 def vqa_set(name: str, split: str = 'test', annotations: str = '', image_root: str = '') -> list[Question]:
-    """'easyvqa', or a file of questions: VQAv2's (with annotations, the file of answers) or TextVQA's"""
+    """'easyvqa'; TextVQA's file; or questions in VQA's format, with annotations, the file of the answers: of
+    VQAv2 or OK-VQA (an image is a number), TextVQA (a name without .jpg) or VizWiz (a name)"""
     if name == 'easyvqa':
         _, asked, root = data.easyvqa_split(split)
         rows = [(root / f'{image}.png', text, [answer]) for text, answer, image in asked]
         return [Question(*each, f'{n}', ('maybe', 'Word')) for n, each in enumerate(rows)]
-    content, found = data.read_json(Path(name), '--data'), []
+    content, root, found = data.read_json(Path(name), '--data'), Path(image_root), []
     with data.reading(f'--data {name}', 'the published file'):
         if 'questions' in content:
             what = f"--data {name}: VQAv2's questions, of which the answers are in --annotations FILE"
-            answers = data.read_json(Path(annotations), what)['annotations']
-            answers = {a['question_id']: [each['answer'] for each in a['answers']] for a in answers}
+            answers = data.read_json(Path(annotations), what)
+            with data.reading(f'--annotations {annotations}', 'the published file'):
+                answers = {
+                    a['question_id']: [b['answer'] for b in a['answers']] for a in answers['annotations']
+                }
             asked = [{**q, 'answers': answers.get(q['question_id'])} for q in content['questions']]
-            file = f'COCO_{content["data_subtype"]}_{{:012d}}.jpg'  # 'val2014', say
         elif 'data' in content:
-            asked, file = content['data'], '{}.jpg'
+            asked = content['data']
         else:
             data.fail(f'--data {name}: neither VQAv2 (it has a key "questions") nor TextVQA (a key "data")')
         for q in asked:
-            number, image = f'{q["question_id"]}', Path(image_root) / file.format(q['image_id'])
-            if not q.get('answers'):
-                data.fail(f'--data {name}: question {number} has no answers in {annotations or name}')
-            text = f'{q["question"]}\nAnswer the question using a single word or phrase.'
-            found.append(Question(image, text, q['answers'], number, ('maybe', 'Word')))
+            number, image = f'{q["question_id"]}', q['image_id']
+            if isinstance(image, int):  # of COCO, whose folders are called val2014, …
+                image = f'COCO_{content.get("data_subtype") or root.resolve().name}_{image:012d}'
+            file = data.inside(root, image if Path(image).suffix else f'{image}.jpg')
+            found.append(Question(file, q['question'] + SHORT, q.get('answers'), number, ('maybe', 'Word')))
     return found
 
 
 def pope_set(name: str, split: str = 'test', image_root: str = '') -> list[Question]:
-    """easyvqa's balanced yes/no questions, or a file of POPE"""
-    found, other = [], {'yes': ('no',), 'no': ('yes',)}
+    """easyvqa's balanced yes/no questions, or a file of POPE, or LLaVA's of it, which has no labels: the k-th
+    question of a category has the k-th of coco_pope_CATEGORY.json beside it (as in its eval_pope.py)"""
+    found, labelled, other = [], {}, {'yes': ('no',), 'no': ('yes',)}
     if name == 'easyvqa':
         asked = vqa_set(name, split)
         kept = [asked[i] for i in data.balanced([(q.text, *q.answers) for q in asked])]
         return [replace(q, towards=other[q.answers[0]]) for q in kept]
     with data.reading(f'--data {name}', '{"question_id", "image", "text", "label": "yes" | "no"} a line'):
-        for q in map(json.loads, filter(str.strip, Path(name).read_text(encoding='utf-8').split('\n'))):
-            label, number, image = q['label'].lower(), f'{q["question_id"]}', Path(image_root) / q['image']
+        lines = data.read_text(Path(name), f'--data {name}').split('\n')
+        for q in map(data.from_json, filter(str.strip, lines)):
+            number, image = f'{q["question_id"]}', data.inside(Path(image_root), q['image'])
+            if 'label' not in q:
+                file = data.inside(Path(name).parent, f'coco_pope_{q["category"]}.json')
+                if file not in labelled:
+                    labelled[file] = pope_set(f'{file}', split, image_root)
+                own = labelled[file].pop(0)
+                q['label'] = own.answers[0]
+                if own.image != image or own.text.split(' in ')[0] not in q['text']:
+                    raise ValueError(f'question {number} is not the same as in {file}')
+            text, label = q['text'].removesuffix(SHORT) + SHORT, q['label'].lower()
             if label not in other:
                 data.fail(f'--data {name}: question {number} has the label {label!r}; must be yes or no')
-            found.append(Question(image, q['text'], [label], number, other[label]))
+            found.append(Question(image, text, [label], number, other[label]))
     return found
 
 
 def sqa_set(name: str, split: str = 'test', image_root: str = '') -> list[Question]:
     """ScienceQA's folder: the questions with an image, asked as LLaVA 1.5 is asked; the answer is a letter.
     official: LLaVA convert_sqa_to_llava_base_prompt.py (CQM), model_vqa_science.py (--single-pred-prompt)"""
-    folder, root, found = Path(name), Path(image_root or name), []
+    folder, root, found = Path(name), Path(image_root or f'{name}/images'), []
     problems = data.read_json(folder / 'problems.json', '--data')
     splits = data.read_json(folder / 'pid_splits.json', '--data')
     if split not in splits:
@@ -1470,37 +1492,44 @@ def sqa_set(name: str, split: str = 'test', image_root: str = '') -> list[Questi
             p = problems[number]
             letters, hint = 'ABCDEFGHIJ'[: len(p['choices'])], p.get('hint', '').strip() or 'N/A'
             options = ' '.join(f'({letter}) {choice}' for letter, choice in zip(letters, p['choices']))
-            text = f'Context: {hint}\nQuestion: {p["question"]}\nOptions: {options}'.replace('  ', ' ')
+            text = f'Context: {hint}\nQuestion: {p["question"]}\nOptions: {options}'
+            text = text.replace('  ', ' ').strip()
             text += "\nAnswer with the option's letter from the given choices directly."
             if p.get('image'):
-                right, image = letters[p['answer']], root / split / number / p['image']
+                right = dict(enumerate(letters))[p['answer']]
+                image = data.inside(root, f'{p.get("split", split)}/{number}/{p["image"]}')
                 found.append(Question(image, text, [right], number, tuple(letters.replace(right, ''))))
     return found
 
 
-def reference_set(name: str, split: str = 'test', image_root: str = '') -> list[Question]:
-    """'easyvqa' (five sentences from two facts), Karpathy's dataset_*.json, or COCO's captions_*.json"""
+def reference_set(name: str, split: str = 'test', image_root: str = '') -> tuple[list[Question], str]:
+    """'easyvqa' (five sentences from two facts), Karpathy's dataset_*.json, or COCO's captions_*.json;
+    and the split, of which COCO's file names none"""
     if name == 'easyvqa':
         facts, _, root = data.easyvqa_split(split)
         rows = [(root / f'{i}.png', data.describe(*of), f'{i}', of) for i, of in facts.items()]
-        return [Question(file, data.CAPTION_QUESTION, texts, n, facts=of) for file, texts, n, of in rows]
+        found = [Question(file, data.CAPTION_QUESTION, texts, n, facts=of) for file, texts, n, of in rows]
+        return found, split
     content, root, of = data.read_json(Path(name), '--data'), Path(image_root), {}
     with data.reading(f'--data {name}', "Karpathy's dataset_*.json or COCO's captions_*.json"):
         if 'annotations' in content:
+            split = ''
             for a in content['annotations']:
                 of.setdefault(a['image_id'], []).append(a['caption'])
-            images = [i for i in content['images'] if i['id'] in of]
-            rows = [(root / i['file_name'], of[i['id']], f'{i["id"]}') for i in images]
+            rows = [(i['file_name'], of[i['id']], f'{i["id"]}') for i in content['images'] if i['id'] in of]
         else:
             splits = (split, 'restval') if split == 'train' else (split,)  # as most papers count it
             images = [i for i in content['images'] if i['split'] in splits]
-            files = [root / i.get('filepath', '') / i['filename'] for i in images]
+            files = [f'{Path(i.get("filepath", ""), i["filename"])}' for i in images]
             texts = [[sentence['raw'] for sentence in i['sentences']] for i in images]
             rows = zip(files, texts, [i['filename'] for i in images])
-        found = [Question(file, data.CAPTION_QUESTION, texts, name_of) for file, texts, name_of in rows]
+        found = [Question(data.inside(root, f), data.CAPTION_QUESTION, texts, n) for f, texts, n in rows]
     if not found:
-        data.fail(f'--data {name}: no image of --split {split}')
-    return found
+        there = {i.get('split', 'images, but no captions') for i in content['images']}
+        data.fail(
+            f'--data {name}: no image of --split {split or "–"}; it has {", ".join(sorted(there)) or "none"}'
+        )
+    return found, split
 
 
 # ===================================================================================================== output

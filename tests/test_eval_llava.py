@@ -290,8 +290,8 @@ def test_caption_command(whole, parts, tmp_path, capsys):
 
 
 def test_sqa_command(whole, tmp_path, capsys):
-    (tmp_path / 'test' / '3').mkdir(parents=True)
-    Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / 'test' / '3' / 'image.png')
+    (tmp_path / 'images' / 'test' / '3').mkdir(parents=True)
+    Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / 'images' / 'test' / '3' / 'image.png')
     problem = {'question': 'Which?', 'choices': ['x', 'y'], 'answer': 1, 'hint': '', 'image': 'image.png'}
     (tmp_path / 'problems.json').write_text(json.dumps({'3': problem}))
     (tmp_path / 'pid_splits.json').write_text(json.dumps({'test': ['3']}))

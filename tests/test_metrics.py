@@ -198,11 +198,24 @@ def test_vqa_files(tmp_path):
             evaluation.vqa_set(
                 str(tmp_path / file), 'val', str(tmp_path / answers) if answers else '', str(root)
             )
-    (tmp_path / 'b.json').write_text(json.dumps({'questions': asked['questions']}))
-    with pytest.raises(SystemExit, match='data_subtype'):
-        evaluation.vqa_set(str(tmp_path / 'b.json'), 'val', str(tmp_path / 'a.json'), str(tmp_path))
+    # without data_subtype it is the folder's name that counts; names of images are TextVQA's and VizWiz'
+    picture(tmp_path / 'val2014' / 'COCO_val2014_000000000042.jpg')
+    for image, file in ((42, 'COCO_val2014_000000000042.jpg'), ('003a', '003a.jpg'), ('b.png', 'b.png')):
+        picture(tmp_path / 'val2014' / file)
+        rows = [{'image_id': image, 'question': 'what?', 'question_id': 7}]
+        (tmp_path / 'b.json').write_text(json.dumps({'questions': rows}))
+        files = [str(tmp_path / name) for name in ('a.json', 'val2014')]
+        assert (
+            evaluation.vqa_set(str(tmp_path / 'b.json'), '', *files)[0].image == tmp_path / 'val2014' / file
+        )
+    (tmp_path / 'b.json').write_text(json.dumps({'questions': [rows[0] | {'image_id': '../abc.jpg'}]}))
+    with pytest.raises(SystemExit, match='b.json: ValueError: .*leads out of the folder'):
+        evaluation.vqa_set(str(tmp_path / 'b.json'), '', *files)
+    (tmp_path / 'a.json').write_text('{}')
+    with pytest.raises(SystemExit, match="--annotations .*a.json: KeyError: 'annotations'"):
+        evaluation.vqa_set(str(tmp_path / 'q.json'), 'val', str(tmp_path / 'a.json'), str(tmp_path))
     (tmp_path / 'a.json').write_text(json.dumps({'annotations': []}))
-    with pytest.raises(SystemExit, match="question 7 .*has no answers in .*a.json"):
+    with pytest.raises(SystemExit, match='--annotations.*: question 7, .* has no answers'):
         evaluation.vqa_set(str(tmp_path / 'q.json'), 'val', str(tmp_path / 'a.json'), str(tmp_path))
 
 
@@ -236,7 +249,7 @@ def test_caption_files(tmp_path):
     (tmp_path / 'k.json').write_text(json.dumps(karpathy))
 
     def load(file, split):
-        return evaluation.reference_set(str(tmp_path / file), split, str(tmp_path))
+        return evaluation.reference_set(str(tmp_path / file), split, str(tmp_path))[0]
 
     def of(found):
         return [(q.answers, q.image) for q in found]
@@ -254,12 +267,26 @@ def test_caption_files(tmp_path):
         ('[]', 'expected a JSON object|TypeError'),
         ('{', 'cannot read'),
         (json.dumps(karpathy).replace('x', 'y'), 'no image'),
+        (json.dumps(karpathy).replace('"x"', '".."'), 'leads out of the folder'),
+        (
+            json.dumps({'images': karpathy['images'][:1]}).replace(
+                '[{"raw": "A dog."}, {"raw": "dog"}]', '[]'
+            ),
+            'no answers',
+        ),
+        (json.dumps({'images': []}), 'no image of --split test; it has none'),
+        (json.dumps({'images': [], 'annotations': []}), 'no image of --split'),
     ):
         (tmp_path / 'bad.json').write_text(text)
         with pytest.raises(SystemExit, match=message):
             load('bad.json', 'test')
-    with pytest.raises(SystemExit, match='no image of --split val'):
+    with pytest.raises(SystemExit, match='no image of --split val; it has restval, test'):
         load('k.json', 'val')
+    # COCO's file names no split, so no row does
+    splits = [
+        evaluation.reference_set(str(tmp_path / f), 'test', str(tmp_path))[1] for f in ('k.json', 'c.json')
+    ]
+    assert splits == ['test', '']
 
 
 def test_pope_files(tmp_path):
@@ -272,19 +299,73 @@ def test_pope_files(tmp_path):
         )
 
     assert load([row, row | {'label': 'no'}])[1] == evaluation.Question(
-        tmp_path / '1.jpg', row['text'], ['no'], '1', ('yes',)
+        tmp_path / '1.jpg', ASKED.format(row['text']), ['no'], '1', ('yes',)
     )
     for bad, message in (
         (row | {'label': 'maybe'}, "'maybe'; must be yes or no"),
         (row | {'image': '2.jpg'}, 'no image'),
+        (row | {'image': '../1.jpg'}, 'leads out of the folder'),
         ({}, 'KeyError'),
     ):
         with pytest.raises(SystemExit, match=message):
             load([bad])
 
 
+def test_pope_as_llava_has_it(tmp_path):
+    """Its file has numbers of its own, "imange" put right, the words for a short answer, and no labels."""
+    picture(tmp_path / '1.jpg')
+    asked = [('random', 'a dog', 'yes'), ('popular', 'a cat', 'no'), ('random', 'an oven', 'no')]
+    rows = [
+        {'question_id': 20000000 + i, 'image': '1.jpg', 'category': kind}
+        | {'text': ASKED.format(f'Is there {what} in the image?')}
+        for i, (kind, what, _) in enumerate(asked)
+    ]
+
+    def write(file, rows):
+        (tmp_path / file).write_text('\n'.join(map(json.dumps, rows)))
+
+    for kind in ('random', 'popular'):
+        own = [(what, label) for k, what, label in asked if k == kind]
+        texts = [{'text': f'Is there {what} in the imange?', 'label': label} for what, label in own]
+        write(
+            f'coco_pope_{kind}.json', [{'question_id': i, 'image': '1.jpg'} | t for i, t in enumerate(texts)]
+        )
+    write('llava_pope_test.jsonl', rows)
+    found = evaluation.pope_set(str(tmp_path / 'llava_pope_test.jsonl'), '', str(tmp_path))
+    assert [q.answers for q in found] == [['yes'], ['no'], ['no']]
+    assert [(q.text, q.name) for q in found] == [(row['text'], str(row['question_id'])) for row in rows]
+    for bad, message in (
+        ([rows[2]], 'question 20000002 is not the same as in .*coco_pope_random.json'),
+        ([*rows, rows[1]], 'pop from empty list'),
+        ([rows[0] | {'category': 'odd'}], 'cannot read .*coco_pope_odd.json'),
+    ):
+        write('llava_pope_test.jsonl', bad)
+        with pytest.raises(SystemExit, match=message):
+            evaluation.pope_set(str(tmp_path / 'llava_pope_test.jsonl'), '', str(tmp_path))
+
+
+@pytest.mark.parametrize('command', ['vqa', 'pope'])
+def test_a_file_of_questions_has_no_split(tmp_path, monkeypatch, command):
+    """--split names nothing in it, so no row may say that it was measured on 'test'."""
+    picture(tmp_path / 'a.jpg')
+    q = {
+        'question_id': 1,
+        'image': 'a.jpg',
+        'image_id': 'a',
+        'text': 'Is it?',
+        'question': 'Is it?',
+        'label': 'yes',
+    }
+    text = json.dumps({'data': [q | {'answers': ['yes']}]} if command == 'vqa' else q)
+    (tmp_path / 'q.json').write_text(text)
+    given = [command, 'DIR', '--data', str(tmp_path / 'q.json'), '--image_root', str(tmp_path)]
+    monkeypatch.setattr(evaluation, 'ask', lambda *a, **how: ({0.0: {0: ('yes', 1.0)}}, {}))
+    report = evaluation.parse(given).run(evaluation.parse(given))
+    assert {r['split'] for r in report.rows} == {''} and 'split –' in report.title
+
+
 def test_scienceqa(tmp_path):
-    picture(tmp_path / 'test' / '3' / 'image.png')
+    picture(tmp_path / 'images' / 'test' / '3' / 'image.png')
     problem = {
         'question': 'Which?',
         'choices': ['x', 'y'],
@@ -293,7 +374,7 @@ def test_scienceqa(tmp_path):
         'image': 'image.png',
     }
     (tmp_path / 'problems.json').write_text(json.dumps({'3': problem, '4': problem | {'image': None}}))
-    (tmp_path / 'pid_splits.json').write_text(json.dumps({'test': ['3', '4']}))
+    (tmp_path / 'pid_splits.json').write_text(json.dumps({'test': ['3', '4'], 'minitest': ['3']}))
     (found,) = evaluation.sqa_set(str(tmp_path), 'test')
     assert (
         found.towards == ('A',)
@@ -306,3 +387,18 @@ def test_scienceqa(tmp_path):
     )
     with pytest.raises(SystemExit, match='--split val: .*has test'):
         evaluation.sqa_set(str(tmp_path), 'val')
+    for change, message in (
+        (
+            {'split': 'test', 'choices': ['x ', 'y  ']},
+            '',
+        ),  # LLaVA's conversion strips, and minitest is in test
+        ({'choices': []}, r'problem 3\)'),
+        ({'answer': -1}, 'KeyError: -1'),
+        ({'image': '../../../../x.png'}, 'leads out of the folder'),
+    ):
+        (tmp_path / 'problems.json').write_text(json.dumps({'3': problem | {'split': 'test'} | change}))
+        if not message:
+            assert "(A) x (B) y\nAnswer" in evaluation.sqa_set(str(tmp_path), 'minitest')[0].text
+            continue
+        with pytest.raises(SystemExit, match=message):
+            evaluation.sqa_set(str(tmp_path), 'minitest')

@@ -983,20 +983,21 @@ class Audit:
 # ============================================================================ metrics of answers and captions
 WORDS = 'none zero one two three four five six seven eight nine ten'
 NUMBERS = dict(zip(WORDS.split(), '0 0 1 2 3 4 5 6 7 8 9 10'.split()))
-# a word without (one of) its apostrophes → the word; the official table (no "its", no "were"), and a few more
+# a word without one of its apostrophes → the word; the official table (no "its", no "were")
 CONTRACTIONS = {
     variant: word
     for word in """
         ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't
         he'd he'd've he's how'd how'll how's isn't it'd it'd've it'll ma'am mightn't mightn't've might've
-        mustn't must've needn't not've o'clock oughtn't shan't she'd've she's should've shouldn't shouldn't've
-        somebody'd've somebody'll somebody's someone'd someone'd've someone'll someone's something'd
-        something'd've something'll that's there'd there'd've there're there's they'd they'd've they'll
-        they're they've 'twas wasn't we'd've we've weren't what'll what're what's what've when's where'd
-        where's where've who'd who'd've who'll who's who've why'll why're why's won't would've wouldn't
-        wouldn't've y'all y'all'll y'all'd've you'd you'd've you'll you're you've""".split()
-    for variant in {word.replace("'", ''), word.replace("'", '', 1), ''.join(word.rsplit("'", 1))} - {word}
+        mustn't must've needn't not've o'clock oughtn't 'ow's'at shan't she'd've should've shouldn't
+        shouldn't've somebody'd've somebody'll somebody's someone'd someone'd've someone'll someone's
+        something'd something'd've something'll that's there'd there'd've there're there's they'd they'd've
+        they'll they're they've 'twas wasn't we'd've we've weren't what'll what're what's what've when's
+        where'd where's where've who'd who'd've who'll who's who've why'll why're why's won't would've
+        wouldn't wouldn't've y'all y'all'll y'all'd've you'd you'd've you'll you're you've""".split()
+    for variant in (word[:i] + word[i + 1 :] for i, letter in enumerate(word) if letter == "'")
 }
+CONTRACTIONS["somebody'd"] = 'somebodyd'  # the table's slip
 
 
 def normalise_answer(text: str) -> str:
@@ -1006,15 +1007,17 @@ def normalise_answer(text: str) -> str:
     for mark in ';/[]"{}()=+\\_-><@`,?!':
         beside = f'{mark} ' in text or f' {mark}' in text or re.search(r'\d,\d', text)
         out = out.replace(mark, '' if beside else ' ')
-    out = re.sub(r'\.(?!\d)', '', out)  # decimal points stay
+    # decimal points stay, and of others the 33rd and on: officially re.UNICODE stands where the count belongs
+    out = re.sub(r'\.(?!\d)', '', out, count=32)
     words = [NUMBERS.get(word, word) for word in out.lower().split()]
     return ' '.join(CONTRACTIONS.get(word, word) for word in words if word not in ('a', 'an', 'the'))
 
 
 def vqa_accuracy(answer: str, references: list[str]) -> float:
     """min(1, how many of the other annotators said so / 3), averaged over who is left out. Of fewer than four
-    references all others have to; of one: whether it is equal. Both sides are normalised alike; the official
-    code does less to references (the published ones are clean already)."""
+    references all others have to; of one: whether it is equal. An answer ends at a comma or where a prompt
+    begins anew; both sides are normalised.   official: RobustVLM vqa_metric.py"""
+    answer = re.split('Question|Answer|Short', answer)[0].split(', ')[0]
     said, of = normalise_answer(answer), [normalise_answer(r) for r in references]
     if len(of) == 1:
         return float(said == of[0])
@@ -1023,16 +1026,16 @@ def vqa_accuracy(answer: str, references: list[str]) -> float:
 
 
 def letter_accuracy(answer: str, references: list[str]) -> float:
-    """Of "B", "(B)", "B.", "B. mammal", "The answer is B.".   official: LLaVA eval_science_qa.py"""
-    answer = answer.strip()
-    found = re.match(r'\(?([A-Z])\)?\.?$', answer) or re.match(r'([A-Z])\. ', answer)
-    named = [found[1]] if found else re.findall(r'The answer is ([A-Z])\b', answer)
+    """Of "B", "B. mammal", "The answer is B?" (any character behind).   official: LLaVA eval_science_qa.py"""
+    found = re.match(r'([A-E])(?:\Z|\. )', answer)
+    named = [found[1]] if found else re.findall('The answer is ([A-Z]).', answer)
     return float(named == references)
 
 
 def pope_scores(answers: list[str], labels: list[str]) -> dict[str, float]:
-    """POPE (arXiv 2305.10355); yes is positive. An answer is no if its first sentence has "no" or "not"."""
-    first = [answer.split('.')[0].replace(',', '').split() for answer in answers]
+    """POPE (arXiv 2305.10355); yes is positive. An answer is no if its first sentence has "no" or "not".
+    official: LLaVA eval_pope.py, where a ratio of nothing is an error and not 0"""
+    first = [answer.split('.')[0].replace(',', '').split(' ') for answer in answers]
     count = Counter((not {'No', 'no', 'not'} & set(words), label) for words, label in zip(first, labels))
     tp, fp, fn = count[True, 'yes'], count[True, 'no'], count[False, 'yes']
     precision, recall = tp / max(tp + fp, 1), tp / max(tp + fn, 1)

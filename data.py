@@ -942,11 +942,11 @@ def from_sentencepiece(file: Path) -> HFTokenizer:
     control = [i for i in range(n) if pieces.is_control(i) or pieces.is_unknown(i)]
     odd = {*control, *(i for i in range(n) if pieces.is_byte(i) or pieces.is_unused(i))}
     ordinary = {piece for piece, i in vocab.items() if i not in odd}
-    merges = []  # a piece's score says when it is made, from any two pieces that make it up
-    for piece in ordinary:
+    merges = []  # a piece's score says when it is made, from any two pieces that make it up; in a run of
+    for piece in ordinary:  # equal characters it is from the left, so that the longer part is the left one
         for a, b in [(piece[:k], piece[k:]) for k in range(1, len(piece))]:
             if a in ordinary and b in ordinary:
-                merges.append((-pieces.get_score(vocab[piece]), vocab[a], vocab[b], a, b))
+                merges.append((-pieces.get_score(vocab[piece]), -len(a), -len(b), a, b))
     pairs = [(a, b) for *_, a, b in sorted(merges)]
     unknown = pieces.id_to_piece(pieces.unk_id())
     backend = HFTokenizer(models.BPE(vocab, pairs, unk_token=unknown, fuse_unk=True, byte_fallback=True))

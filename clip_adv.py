@@ -300,7 +300,8 @@ def main(cfg: Config, given: set[str]) -> None:
 
     # --------------------------------------------------------------------------------- data, model, optimizer
     pairs = data.load_pairs(cfg.data, 'train', cfg.holdout, cfg.caption_key)
-    known_by = {f'--data {cfg.data}': data.fingerprint(pairs.captions, pairs.files)}
+    known_by = {'--data': data.fingerprint(pairs.captions, pairs.files)}
+    data.check_resumed(state, known_by)
     model, tokenizer = build(cfg, given, pairs, state)
     model.to(device).train()
     compile_towers(model, cfg.compile, device)
@@ -309,7 +310,7 @@ def main(cfg: Config, given: set[str]) -> None:
     others = {'params': [p for p in model.parameters() if p.ndim < 2], 'weight_decay': 0.0}
     optimizer = torch.optim.AdamW([matrices, others], betas=(0.9, cfg.beta2), fused=True)
     if state:
-        data.check_resumed(state, optimizer, known_by)
+        data.load_optimizer(optimizer, state)
 
     facts = arithmetic(cfg, pairs, model, tokenizer, world)
     run = data.Run(cfg, first_step, cfg.steps, facts, device)

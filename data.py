@@ -256,9 +256,13 @@ def folder(path: Path, split: str, caption_key: str) -> Pairs:
 
 def fingerprint(texts, files: list[Path | None]) -> dict[str, str]:
     """What a checkpoint knows the data of its run by.   texts: in their order, of any structure"""
-    sizes = [file and file.stat().st_size for file in files]
-    of = {'texts': texts, 'names of images': [file and file.name for file in files], 'sizes of images': sizes}
-    return {what: hashlib.blake2b(repr(v).encode(), digest_size=8).hexdigest() for what, v in of.items()}
+    of = {'texts': texts, 'names of images': (file and file.name for file in files)}
+    of['sizes of images'] = (file and file.stat().st_size for file in files)
+    digests = {what: hashlib.blake2b(digest_size=8) for what in of}
+    for what, values in of.items():
+        for value in values:
+            digests[what].update(f'{value!r}\n'.encode())
+    return {what: digest.hexdigest() for what, digest in digests.items()}
 
 
 # ---------------------------------------------------------------------------------------------- conversations
@@ -1204,7 +1208,9 @@ def versions() -> dict[str, str]:
 
 # ---------------------------------------------------------------------------------------------- run directory
 STATE = {'step', 'config', 'model', 'optimizer', 'data'}  # what a checkpoint holds, at least
-FREE_ON_RESUME = set('out resume workers compile log_every save_every chat'.split())  # change no result
+FREE_ON_RESUME = set(
+    'out resume workers compile log_every save_every chat max_bad'.split()
+)  # change no result
 
 
 def write(path: Path, content, kept_as: str = '') -> None:
@@ -1324,14 +1330,15 @@ def load_state(out: Path) -> dict | None:
         fail(f'{"; ".join(broken)}: nothing is left to resume; start again in another --out')
 
 
-def check_resumed(state: dict, optimizer, data: dict[str, dict]) -> None:
-    """Loads the optimizer; a run goes on with the data that it began with.   data: fingerprints, by flag"""
-    for flag, found in data.items():
-        if differ := [
-            what for what, digest in found.items() if state['data'].get(flag, {}).get(what) != digest
-        ]:
+def check_resumed(state: dict | None, known_by: dict[str, dict[str, str]]) -> None:
+    """A run goes on with what it began with.   known_by: {flag: {what of it: its fingerprint}}"""
+    for flag, found in known_by.items() if state else ():
+        if differ := [what for what in found if state['data'].get(flag, {}).get(what) != found[what]]:
             said = f'the {" and the ".join(differ)} of {flag} are not those that the run began with'
             fail(f'--resume: {said}: put them back as they were, or train in another --out')
+
+
+def load_optimizer(optimizer, state: dict) -> None:
     with reading('train_state.pt: the optimizer', 'that of this run'):
         optimizer.load_state_dict(state['optimizer'])
         for p, of in optimizer.state.items():

@@ -29,6 +29,7 @@ import hashlib
 import json
 import math
 import re
+import shlex
 import sys
 import tempfile
 from dataclasses import dataclass, fields, replace
@@ -376,10 +377,12 @@ def main(cfg: Config, given: set[str]) -> None:
     first_step = state['step'] if state else 0
     plan = sub_stages(cfg)
     model, tokenizer = build(cfg, state, rank, device)
-    of_llm = fingerprint(model.llm)  # before any of it is trained
-    if state and state['llm'] != of_llm:
-        data.fail(f'--resume: the LLM ({cfg.llm}) is not the one that the run in {cfg.out} began with')
+    known_by = {'--llm': {'weights': fingerprint(model.llm)}}  # before any of it is trained
     plan = [check_samples(cfg, stage, model, tokenizer) for stage in plan]
+    for sub, chats, *_ in plan:
+        texts, images = zip(*((chat.turns, chat.image) for chat in chats.chats))
+        known_by[f'sub-stage {sub}'] = data.fingerprint(texts, images)
+    data.check_resumed(state, known_by)
     last_step = sum(steps for *_, steps, _ in plan)
     model.to(device).eval()  # only the adapters know dropout, and they are told when
     model.llm.checkpointing = cfg.checkpoint
@@ -417,7 +420,7 @@ def main(cfg: Config, given: set[str]) -> None:
             data.check_weights(state['model'], ours, f'{cfg.out}/train_state.pt')
             model.load_state_dict(state['model'], strict=False)
             if first_step > begin:  # else it stopped between the sub-stages
-                optimizer.load_state_dict(state['optimizer'])
+                data.load_optimizer(optimizer, state)
         step_model = DDP(model) if world > 1 else model
         if run is None:
             run = data.Run(cfg, first_step, last_step, facts, device)
@@ -495,14 +498,16 @@ def main(cfg: Config, given: set[str]) -> None:
                 whole = sub == 'B' and not cfg.lora_r  # else the LLM's own weights are as they were
                 weights = model.state_dict().items()
                 weights = {n: w for n, w in weights if whole or not n.startswith('llm.') or 'lora_' in n}
-                weights = {'model': weights, 'optimizer': optimizer.state_dict(), 'llm': of_llm}
+                weights = {'model': weights, 'optimizer': optimizer.state_dict(), 'data': known_by}
                 run.save(step + 1, {**weights, **clip_adv.open_clip_config(model.clip_cfg, model.preprocess)})
                 export(step + 1)
             if signal:
                 run.leave(step + 1, signal)
         bar.close()
     opens = 'holds the model' if wrong else 'opens in transformers'
-    run.finish(f'{cfg.out} {opens}; measure it with: python eval.py vqa {cfg.out}')
+    own = ['llava_adv.py', '--init', cfg.out, '--chat', 'IMAGE']
+    command = shlex.join(['python', *(['eval.py', 'vqa', cfg.out] if cfg.data == 'easyvqa' else own)])
+    run.finish(f'{cfg.out} {opens}; {"measure" if cfg.data == "easyvqa" else "ask"} it with: {command}')
 
 
 def sub_stages(cfg: Config) -> list[tuple]:
@@ -626,12 +631,13 @@ def check_samples(cfg: Config, stage: tuple, model: LLaVA | None = None, tokeniz
     kept = [chat for chat in chats.chats if chat.name not in bad]
     kinds, total = [kind for kind, _ in bad.values()], len(kept) + len(bad)
     counts = ''.join(f', {kinds.count(kind)} × {kind}' for kind in dict.fromkeys(kinds))
-    cut = f'{sum(data.gather_objects(cut))} are cut at --max_length {cfg.max_length}'
-    said = f'of {total} samples {cut}, and {len(bad)} cannot be learned from{counts}'
+    cut = sum(data.gather_objects(cut))
+    said = f'of {total} samples {cut} are cut at --max_length {cfg.max_length}'
+    said += f', and {len(bad)} cannot be learned from{counts}'
     said += ''.join(f'\n  {name}: {kind}: {more}' for name, (kind, more) in list(bad.items())[:10])
     if len(bad) > cfg.max_bad * total or not kept:
         data.fail(f'--max_bad {cfg.max_bad:g}: {said}')
-    if model and rank == 0:
+    if model and rank == 0 and (bad or cut):
         print(f'sub-stage {sub}: {said}')
     steps = max(1, len(kept) // size) if model and steps < 0 else steps
     return sub, replace(chats, chats=kept, bad=bad), prompt, steps, size

@@ -1050,14 +1050,45 @@ def names_facts(caption: str, colour: str, shape: str) -> tuple[bool, bool]:
     return words & set(data.COLOURS) == {colour}, words & set(data.SHAPES) == {shape}
 
 
+# A token is the first of these that fits; what stands behind the outer bracket is dropped. official:
+# stanford-corenlp 3.4.1, PTBLexer.flex, where the longest is taken, and pycocoevalcap ptbtokenizer.py
+TOKEN = re.compile(r"""(?xi) (  # [^\W\d_] is a letter, [^\W_] a letter or a digit; (?-i:…): in this case only
+      (?:https?://|www\.|[a-z]+\.(?:com|net|org|edu)/)[^\s"<>|(){}]+[^\s"<>|.!?(){},:;'-] # www.a.org/b
+    | [a-z0-9][^\s"<>|(){}]*@[^\s"<>|(){}]*[^\s"<>|(){}.] | @[a-z_]\w* | \#[^\W\d_]+      # a@b.org, @me, #tag
+    | \d{1,4}[- ]\d{1,4}/\d{1,4} | </?[a-z]\w*>                                       # 2-1/2; <unk>
+    | [a-z0-9]+(?:-[a-z]+){0,2}(?:/[a-z0-9]+(?:-[a-z]+){0,2}){1,2}                    # and/or, 3/4, 9/11/2001
+    | [^\W_](?:[^\W_]|[.,])*(?:[-_](?:[a-z](?:\.[a-z])+\.|[^\W_]+))+(?:\.(?=[,;:]))?  # t-shirt, 3.5-inch
+    | [-+]?\d*(?:[.:,]\d+)+ | [-+]\d+                                                 # 12:45, 1,000, .5, -5
+    | (?-i:[A-Z]+(?:[+&][A-Z]+)+ | [A-Z]*\$) | c\+\+ | [cf]\#                         # AT&T, US$; not at&t
+    # abbreviations: anywhere; single letters unless a sentence seems to begin behind them; before numbers
+    | (?:(?:[a-z]\.)+[a-z]|jan|feb|mar|apr|jun|jul|aug|sept?|oct|nov|dec|mon|tues?|wed|thu|thurs|fri|ala
+        |ariz|calif|colo|conn|ct|dak|fla|ga|ind|kans?|ky|md|mich|minn|mo|mont|neb|nev|okla|penn|tenn|va|vt
+        |wisc?|wyo|inc|cos?|corp|ltd|assn|univ|intl|sys|tel|est|ext|sq|jr|sr|bros|(?:ed|ph)\.d|blvd|rd|esq|etc
+        |al|seq|bldg|mrs?|ms|drs?|profs?|sens?|reps?|attys?|lt|col|gen|govs?|adm|rev|maj|sgt|cpl|pvt|capt|ste?
+        |ave|pres|lieut|hon|brig|co?mdr|pfc|spc|supts?|det|mt|ft|adj|adv|asst|assoc|ens|insp|vs|alex|wm|jos|cf
+        |ph|elec|natl|m[ft]g|dept|(?-i:Az|Ark|Del|Ill|La|Mass|Miss|Ore|Pa|Tex|Wash))\.(?![^\W\d_])
+    | [a-z]\.(?![^\W\d_]|\s*\Z|\s+(?-i:A|An|As|At|But|He|Her|If|In|It|She|So|Some|The|There|They|This)\s)
+    | (?:ca|figs?|nos?|prop|art|pp|op)\.(?=\s?\d)
+    # apostrophes: can not, gon na, ca n't, dog 's; o'clock, ma'am, 'n' and '90s are one token
+    | (?:can(?=not)|(?:gon|wan)(?=na)|got(?=ta)|(?:lem|gim)(?=me))(?=\w\w\w?(?!\w)) | [a-z]*[a-mo-z](?=n't)
+    | (?-i:[A-HJ-XZdoln])'[^\W_]{2,} | [^\W\d_]+[aeiouy]'[aeiou][^\W\d_]* | n't | '(?:[msd]|re|ve|ll)(?![a-z])
+    | ol' | dunkin' | somethin' | c'mon | e'er | s'mores | ev'ry | nor'easter | li'l | nat'l | cap'n
+    | '(?:t(?=was|is)|em|till?|cause|n'|n(?=\s|\Z)|[2-9]0s|\d\d(?=\s|\Z)) | [dlj]' | y'(?=[a-z])
+    | (?:[^\W\d_][^\W_]*(?:[.!?][^\W\d_][^\W_]*)*|[^\W_]+)(?:\.(?=[,;:]))?            # words, 1990s, end.The
+    | [?!]{2,} | -{5,} | -[lr][rsc]b- | \*+ | @+ | \#+ | _+ | << | >>|[^\s.,;:?!'"`“”‘’–—…\ufe00-\U0010ffff-]
+    ) | \.{3,5} | -+ | '' | \S""")
+SPELT = {'(': ' -lrb- ', ')': ' -rrb- ', '[': ' -lsb- ', ']': ' -rsb- ', '{': ' -lcb- ', '}': ' -rcb- '}
+SPELT |= {'¼': ' 1/4 ', '½': ' 1/2 ', '¾': ' 3/4 ', '€': ' $ ', '£': ' # ', '¢': ' cents ', '’': "'"}
+
+
 def tokenise_caption(text: str) -> list[str]:
-    """Lower-case words, clitics split off, no punctuation: COCO's tokenizer (PTB), on plain sentences"""
-    return re.findall(r"\w+?(?=n't\b)|n't\b|'(?:s|m|d|re|ve|ll)\b|\w+(?:[-.,]\w+)*", text.lower())
+    """Lower-case words and symbols without punctuation, as COCO's tokenizer gives them"""
+    return ' '.join(TOKEN.findall(text.translate(str.maketrans(SPELT)))).lower().split()
 
 
 class Cider:
     """CIDEr-D: how alike a caption's n-grams and its references' are, weighted by rarity.   arXiv 1411.5726
-    references: of each image; they also say how rare an n-gram is. As pycocoevalcap's on equal tokens."""
+    references: of each image; they also say how rare an n-gram is. As pycocoevalcap's."""
 
     def __init__(self, references: list[list[str]], tokenise=tokenise_caption):
         self.tokenise = tokenise
@@ -1080,8 +1111,10 @@ class Cider:
         return by_n, lengths, sum(count for ngram, count in counts.items() if len(ngram) == 2)
 
     def score(self, image: int, caption: str) -> float:
-        """0 … 10, of a caption for the image of that number; a corpus' score is the mean, × 100 in tables"""
-        hypothesis, lengths, bigrams = self.vector(self.ngrams(caption))
+        """0 … 10, of a caption for the image of that number; a corpus' score is the mean, × 100 in tables
+        official: RobustVLM coco_metric.py, run_evaluation.py (what of a caption is judged)"""
+        said = caption.split('Output')[0].replace('"', '')
+        hypothesis, lengths, bigrams = self.vector(self.ngrams(said))
         total = 0.0
         for reference, of_reference, its_bigrams in self.references[image]:
             near = math.exp(-((bigrams - its_bigrams) ** 2) / (2 * 6.0**2))  # in length

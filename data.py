@@ -205,18 +205,19 @@ def easyvqa_facts(asked: list[tuple[str, str, int]]) -> dict[int, tuple[str, str
 TABLES = ('metadata.jsonl', 'metadata.csv')
 
 
-def folder_of(path: Path, split: str) -> Path:
-    """DIR/SPLIT of a folder that has splits; of one that has none, DIR for each of them."""
+def has_table(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in TABLES)
 
-    def has_table(folder: Path) -> bool:
-        return any((folder / name).is_file() for name in TABLES)
 
-    one = has_table(path)  # whose images may lie in a folder called train
-    names = dict.fromkeys([*SPLITS, split])
-    there = [name for name in names if (has_table if one else Path.is_dir)(path / name)]
-    if split not in (there or SPLITS):
-        fail(f'--data {path}: no split {split}; there are {", ".join(there) or "none"}')
-    return path / split if there else path
+def split_folder(path: Path, split: str) -> Path:
+    """path/split; or path, if it is not divided. (A class may be called so, or a folder that a table lists.)"""
+    names, listed = 'train training val valid validation test testing dev', has_table(path)
+    if (path / split).is_dir() and has_table(path / split) >= listed:
+        return path / split
+    kinds = TABLES if listed else ('*/*', '*.tar', *TABLES)
+    if there := [name for name in names.split() if any(any((path / name).glob(kind)) for kind in kinds)]:
+        fail(f'--split {split}: {path} has {", ".join(there)}')
+    return path
 
 
 def folder(path: Path, split: str, caption_key: str) -> Pairs:
@@ -224,7 +225,7 @@ def folder(path: Path, split: str, caption_key: str) -> Pairs:
     metadata.jsonl, {"file_name": …, "text": …} a line, or .csv; or several of these, further down."""
     if not path.is_dir():
         fail(f'--data {path}: no such folder (and not the name "easyvqa")')
-    root = folder_of(path, split)
+    root = split_folder(path, split)
     tables = [root / name for name in TABLES if (root / name).is_file()][:1]
     tables = tables or sorted(found for name in TABLES for found in root.rglob(name))
     if not tables:

@@ -163,7 +163,7 @@ def say_what_was_trained_on(args, runs: list[Path]) -> None:
     for run, name in itertools.product(runs, map(Path, args.data)):
         of = Path(data.read_json(run / 'train_config.json', f'{run}')['config']['data'])
         if os.path.realpath(of) == os.path.realpath(name) and args.rank == 0:
-            if args.split == 'train' or name.is_dir() and data.folder_of(name, args.split) == name:
+            if args.split == 'train' or name.is_dir() and data.split_folder(name, args.split) == name:
                 print(f'note: {run} was trained on these images', file=sys.stderr)
 
 
@@ -352,8 +352,8 @@ def zeroshot(args) -> Report:
                 ahead, labels = map(list, zip(*(of[i] for i in numbers)))
                 own += zeroshot_rows({**common, 'classes': len(images.classes)}, labels, ahead)
                 stands = ''.join('0' if k else '1' for k in ahead)
-                outcomes.append({**common, 'asked': images.note, 'survives': stands, 'labels': labels})
-                outcomes[-1]['classes_ahead'] = ahead
+                more = {'asked': images.note, 'labels': labels, 'classes_ahead': ahead}
+                outcomes.append({**common, 'survives': stands, **more})
         rows += own + (average(own) if len(args.data) > 1 else [])
     asked = '; '.join(dict.fromkeys(outcome['asked'] for outcome in outcomes))
     title = f'zero-shot classification, in %, {args.subset} captions; {attack_text(args)}; {asked}'
@@ -382,7 +382,8 @@ def average(rows: list[dict]) -> list[dict]:
 
 
 def load_set(name: str, args) -> 'ClassSet':
-    read = partial(class_set, name, args.split, args.root, args.download, args.classnames, args.templates)
+    how = (args.root, args.download, args.classnames, args.templates, args.caption_key)
+    read = partial(class_set, name, args.split, *how)
     images = read() if args.rank == 0 or not args.download else None  # the others find what rank 0 fetches
     data.gather_objects(None)
     return images or read()
@@ -442,7 +443,7 @@ def retrieval(args) -> Report:
 
     Attacked are the images, against all their captions (image → text); text → image is measured on the same.
     DIR: a CLIP each. --data: 'easyvqa', a folder with metadata.jsonl or SPLIT/*.tar of images and texts."""
-    rows, outcomes, images = [], [], caption_set(args.data[0], args.split)
+    rows, outcomes, images = [], [], caption_set(args.data[0], args.split, args.caption_key)
     numbers = sample(len(images[0]), args.data[0], args)
     for path in args.dirs:
         task = Retrieval(args, Classifier(path, args.device, args.native), images, numbers)
@@ -1253,13 +1254,15 @@ NAMES = 'give --classnames FILE, a name a line, line 1 for label 0'
 SHORT = '\nAnswer the question using a single word or phrase.'  # how LLaVA is asked
 
 
-def class_set(name, split='test', root='data', download=False, classnames='', templates='') -> ClassSet:
+def class_set(
+    name, split='test', root='data', download=False, classnames='', templates='', caption_key='text'
+) -> ClassSet:
     """name: 'easyvqa'; a folder (metadata.jsonl, whose captions are the classes; CLIP_benchmark's layout:
     classnames.txt, SPLIT/*.tar; or a folder for each class); or a class of torchvision.datasets.
     classnames, templates: files, a line each, instead of the data's own; templates: or a key of TEMPLATES."""
     path, file, whose = Path(name), classnames, 'captions'
-    if name == 'easyvqa' or any((p / 'metadata.jsonl').is_file() for p in (path, path / split)):
-        found = captions_as_classes(name, split)
+    if name == 'easyvqa' or data.has_table(path) or data.has_table(path / split):
+        found = captions_as_classes(name, split, caption_key)
     elif path.is_dir():
         found = (shards if any((path / split).glob('*.tar')) else image_folder)(path, split)
         file = file or path / 'classnames.txt'
@@ -1295,19 +1298,9 @@ def read_lines(file: Path, what: str) -> list[str]:
     return [line.strip() for line in data.read_text(file, what).rstrip().split('\n')]
 
 
-def split_folder(path: Path, split: str) -> Path:
-    """path/split; or path, if it is not divided. (A class that is called train holds no folders.)"""
-    names, kinds = 'train training val valid validation test testing dev', ('*/*', '*.tar', '*.jsonl')
-    if (path / split).is_dir():
-        return path / split
-    if splits := [name for name in names.split() if any(any((path / name).glob(kind)) for kind in kinds)]:
-        data.fail(f'--split {split}: {path} has {", ".join(splits)}')
-    return path
-
-
-def captions_as_classes(name: str, split: str) -> ClassSet:
+def captions_as_classes(name: str, split: str, caption_key: str) -> ClassSet:
     """easyvqa: all its colours and shapes, as 'a red circle'. A folder: the captions that it has."""
-    pairs, easy = data.load_pairs(name, split), name == 'easyvqa'
+    pairs, easy = data.load_pairs(name, split, caption_key=caption_key), name == 'easyvqa'
     classes = [f'{c} {s}' for c in data.COLOURS for s in data.SHAPES] if easy else sorted(set(pairs.captions))
     template = 'a {c}' if easy else '{c}'
     label = {template.replace('{c}', c): i for i, c in enumerate(classes)}
@@ -1368,7 +1361,7 @@ def shards(path: Path, split: str) -> ClassSet:
 def image_folder(path: Path, split: str) -> ClassSet:
     """A folder for each class, in SPLIT/ where there is one; line i of classnames.txt names the i-th. Sorted
     as by torchvision's ImageFolder, or as numbers if all are (ImageNetV2); nothing that is hidden counts."""
-    root, find = split_folder(path, split), partial(glob, '**/*.*', recursive=True)
+    root, find = data.split_folder(path, split), partial(glob, '**/*.*', recursive=True)
     names = sorted(p.name for p in root.iterdir() if p.is_dir() and p.name[0] != '.')
     names.sort(key=int if all(map(str.isdecimal, names)) else str)
     files = [(root / c / f, i) for i, c in enumerate(names) for f in sorted(find(root_dir=root / c))]
@@ -1409,16 +1402,16 @@ def from_torchvision(name: str, split: str, root: str, download: bool) -> ClassS
             return data.to_rgb(image), int(label)
 
     split = split if {'train', 'split'} & set(takes) else ''
-    note, templates = f'torchvision.datasets.{name} {split}'.strip(), TEMPLATES.get(
-        name, TEMPLATES['imagenet']
-    )
-    return ClassSet(len(images), item, classes, templates, note, split)
+    templates, note = TEMPLATES.get(name, TEMPLATES['imagenet']), f'torchvision.datasets.{name} {split}'
+    return ClassSet(len(images), item, classes, templates, note.strip(), split)
 
 
-def caption_set(name: str, split: str = 'test') -> tuple[list[list[str]], Callable[[int], Image.Image]]:
+def caption_set(
+    name: str, split='test', caption_key='text'
+) -> tuple[list[list[str]], Callable[[int], Image.Image]]:
     """(captions of each image, number → image) of 'easyvqa', a folder with metadata.jsonl (an image may have
     several lines), or shards of images and .txt files with a caption a line (CLIP_benchmark's MS-COCO)"""
-    folder = split_folder(Path(name), split)
+    folder = data.split_folder(Path(name), split)
     if any(folder.glob('*.tar')):
         tars, captions = Shards(folder), []
         for i in range(len(tars.samples)):
@@ -1428,7 +1421,7 @@ def caption_set(name: str, split: str = 'test') -> tuple[list[list[str]], Callab
             if not captions[-1]:
                 data.fail(f'{file} holds no caption')
         return captions, tars.image
-    pairs, of = data.load_pairs(name, split), {}
+    pairs, of = data.load_pairs(name, split, caption_key=caption_key), {}
     for file, caption in zip(pairs.files, pairs.captions):
         of.setdefault(file, []).append(caption)
     files = list(of)
@@ -1471,9 +1464,8 @@ def vqa_set(name: str, split: str = 'test', annotations: str = '', image_root: s
             what = f"--data {name}: VQAv2's questions, of which the answers are in --annotations FILE"
             answers = data.read_json(Path(annotations), what)
             with data.reading(f'--annotations {annotations}', 'the published file'):
-                answers = {
-                    a['question_id']: [b['answer'] for b in a['answers']] for a in answers['annotations']
-                }
+                of = answers['annotations']
+                answers = {a['question_id']: [b['answer'] for b in a['answers']] for a in of}
             asked = [{**q, 'answers': answers.get(q['question_id'])} for q in content['questions']]
         elif 'data' in content:
             asked = content['data']
@@ -1562,9 +1554,8 @@ def reference_set(name: str, split: str = 'test', image_root: str = '') -> tuple
         found = [Question(data.inside(root, f), data.CAPTION_QUESTION, texts, n) for f, texts, n in rows]
     if not found:
         there = {i.get('split', 'images, but no captions') for i in content['images']}
-        data.fail(
-            f'--data {name}: no image of --split {split or "–"}; it has {", ".join(sorted(there)) or "none"}'
-        )
+        said = f'no image of --split {split or "–"}; it has {", ".join(sorted(there)) or "none"}'
+        data.fail(f'--data {name}: {said}')
     return found, split
 
 
@@ -1724,6 +1715,7 @@ HELP = {
     'quiet': 'no progress bar',
     'data': "'easyvqa', or what is said above",
     'split': 'choose on val, report on test',
+    'caption_key': 'which key of metadata.jsonl (column of metadata.csv) has the captions',
     'n': 'images (questions of each kind), drawn by --seed; 0: all',
     'attack': '; '.join(f'{name}: {text}' for name, text in ATTACKS.items()),
     'eps': 'radius in 1/255',
@@ -1755,13 +1747,14 @@ HELP = {
 CHOICES = {'subset': ['all', 'held-out', 'seen'], 'prompt': ['', 'v1', 'chat']}
 EVERY = {'seed': 0, 'batch_size': 32, 'json': '', 'quiet': False}
 SET = {'data': ['easyvqa'], 'split': 'test', 'n': 500}
-CLASSES = {**SET, 'root': 'data', 'download': False, 'classnames': '', 'templates': ''}
+PAIRS = {**SET, 'caption_key': 'text'}
+CLASSES = {**PAIRS, 'root': 'data', 'download': False, 'classnames': '', 'templates': ''}
 ATTACKED = {'attack': 'ensemble', 'native': False}
 ROUNDS = {**SET, 'image_root': '', 'attack': 'ensemble', 'eps': [12.0], 'iterations': 100, 'prompt': ''}
 LETTERS, SHOWN = {'font': [0.0, 5.0, 10.0, 15.0, 20.0, 30.0]}, {'image': None, 'labels': None, 'label': ''}
 COMMANDS = {  # a command: its flags and their defaults; None: it must be given
     zeroshot: {**CLASSES, **ATTACKED, 'eps': [2.0, 4.0, 8.0, 16.0], 'subset': 'all', 'plot': ''},
-    retrieval: {**SET, **ATTACKED, 'eps': [2.0, 4.0, 8.0], 'plot': ''},
+    retrieval: {**PAIRS, **ATTACKED, 'eps': [2.0, 4.0, 8.0], 'plot': ''},
     typographic: {**CLASSES, **LETTERS, 'plot': '', 'grid': '', 'grid_eps': [16.0, 32.0, 64.0], 'target': ''},
     audit: {**CLASSES, **ATTACKED, 'n': 100, 'eps': [8.0], 'transfer_from': [], 'queries': 5000},
     show: {**SHOWN, 'attack': 'ensemble', 'eps': [8.0], 'plot': 'show.png'},

@@ -138,7 +138,7 @@ def test_folder_that_is_none(tmp_path):
         data.load_pairs(str(tmp_path))
     (tmp_path / 'train').mkdir()
     (tmp_path / 'metadata.jsonl').rename(tmp_path / 'train' / 'metadata.jsonl')
-    with pytest.raises(SystemExit, match='no split val; there are train'):
+    with pytest.raises(SystemExit, match='--split val: .* has train'):
         data.load_pairs(str(tmp_path), 'val')
 
 

@@ -149,7 +149,7 @@ def test_one_layout_with_and_without_splits(tmp_path, pairs, capsys):
         own_pairs(tmp_path / 'own set' / split, 12 if split == 'train' else 5)
     for split, n in (('train', 12), ('val', 5)):
         assert len(data.load_pairs(str(tmp_path / 'own set'), split)) == n
-    with pytest.raises(SystemExit, match='no split test; there are train, val'):
+    with pytest.raises(SystemExit, match='--split test: .*own set has train, val'):
         data.load_pairs(str(tmp_path / 'own set'), 'test')
     assert len(data.load_pairs(str(pairs), 'test')) == 12  # one without splits
     trained_on = 'was trained on these images'

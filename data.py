@@ -210,7 +210,7 @@ def has_table(folder: Path) -> bool:
 
 
 def split_folder(path: Path, split: str) -> Path:
-    """path/split; or path, if it is not divided. (A class may be called so, or a folder that a table lists.)"""
+    """path/split; or path, if not divided. (A class may be called so, and a folder that a table lists.)"""
     names, listed = 'train training val valid validation test testing dev', has_table(path)
     if (path / split).is_dir() and has_table(path / split) >= listed:
         return path / split

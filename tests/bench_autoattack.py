@@ -10,6 +10,7 @@ leave standing? work: what does either spend? A sample-iteration is one image in
 import argparse
 import json
 import logging
+import shlex
 import statistics
 import sys
 import time
@@ -191,6 +192,7 @@ if __name__ == '__main__':
     parser.add_argument('--batch_size', type=int, default=32, help='of both')
     parser.add_argument('--json', default='', help='agree: keep what AutoAttack found, image by image')
     arguments = parser.parse_args()
+    print(f'$ python {shlex.join(sys.argv)}  # commit {data.commit()}', flush=True)
     logging.disable(logging.INFO)
     data.keep_freed_memory()
     if arguments.command == 'compare':

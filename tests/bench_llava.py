@@ -10,6 +10,7 @@ SmolLM2-135M's shape).
 """
 
 import functools
+import shlex
 import statistics
 import subprocess
 import sys
@@ -130,6 +131,7 @@ def turns(size):
 
 
 def main(sizes):
+    print(f'$ python {shlex.join(sys.argv)}  # commit {data.commit()}', flush=True)
     data.keep_freed_memory()  # for both: what is compared here is the code
     for size in sizes:
         rows, length = turns(size)

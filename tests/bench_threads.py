@@ -6,6 +6,7 @@ take turns; "as it is" is what data.py sets unless the user has set something.
 
 import json
 import os
+import shlex
 import statistics
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
 SETTINGS = {
     'as it is': {},
     'libgomp default': {'GOMP_SPINCOUNT': '300000'},
@@ -32,6 +34,9 @@ def images_per_s(setting: dict) -> float:
 
 
 def main():
+    from data import commit
+
+    print(f'$ python {shlex.join(sys.argv)}  # commit {commit()}', flush=True)
     found: dict[tuple, list[float]] = {}
     for _ in range(int(sys.argv[1]) if sys.argv[1:] else 3):
         for busy in (0, 1, 2):

@@ -9,6 +9,7 @@ data.keep_freed_memory sets it.
 """
 
 import functools
+import shlex
 import statistics
 import subprocess
 import sys
@@ -83,6 +84,7 @@ def images_per_s(step, n):
 def main():
     from open_clip.model import CLIP
 
+    print(f'$ python {shlex.join(sys.argv)}  # commit {data.commit()}', flush=True)
     model, x, tokens = build()
     theirs = CLIP(**clip_adv.open_clip_config(model.cfg, model.preprocess)['model_cfg'])
     theirs.load_state_dict(model.state_dict())

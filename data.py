@@ -59,7 +59,6 @@ from tqdm import tqdm
 
 COLOURS = ('black', 'blue', 'brown', 'gray', 'green', 'red', 'teal', 'yellow')
 SHAPES = ('circle', 'rectangle', 'triangle')
-SPLITS = ('train', 'val', 'test')
 IMAGE = '<image>'  # in a text: where the image's tokens go
 CAPTION_QUESTION = 'Provide a short caption for this image.'  # the prompt of the authors' evaluation
 
@@ -981,7 +980,8 @@ def read_weights(place: Path, names: list[str], rename=str) -> dict[str, Tensor]
         shards = read_json(file, str(place)).get('weight_map')
         if not isinstance(shards, dict) or not shards:
             fail(f'{file}: weight_map is {str(shards)[:60]!r}; expected names of weights and their files')
-        files = sorted({place / str(name) for name in shards.values()})
+        with reading(f'{file}: weight_map', 'files beside it'):
+            files = sorted({inside(place, str(name)) for name in shards.values()})
     weights: dict[str, Tensor] = {}
     for name, w in ((name, w) for file in files for name, w in read_file(file).items() if rename(name)):
         if rename(name) in weights:
@@ -1135,7 +1135,9 @@ def start_processes(hours: int | None = None) -> tuple[int, int, torch.device]:
 
     hours: that a rank waits for the others; default: torch's, minutes."""
     keep_freed_memory()
-    sys.stdout, sys.stderr = Screen(sys.stdout), Screen(sys.stderr)
+    for name in ('stdout', 'stderr'):
+        if not isinstance(getattr(sys, name), Screen):
+            setattr(sys, name, Screen(getattr(sys, name)))
     device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
     if 'RANK' in os.environ:
         needed = {'RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'MASTER_ADDR', 'MASTER_PORT'}
@@ -1154,24 +1156,21 @@ class Screen:
     measuring are not lost with it."""
 
     def __init__(self, stream):
-        self.stream = stream.stream if isinstance(stream, Screen) else stream
+        self.stream = stream
 
     def __getattr__(self, name: str):
         return getattr(self.stream, name)
 
     def write(self, text: str) -> None:
-        self.attempt(lambda: self.stream.write(text))
-
-    def flush(self) -> None:
-        self.attempt(lambda: self.stream.flush())
-
-    def attempt(self, write) -> None:
         try:
-            write()
+            self.stream.write(text)
+            self.stream.flush()
         except OSError as e:
             self.stream = open(os.devnull, 'w')
-            if self is sys.stdout:
-                print(f'note: the output cannot be written any more ({e}); it goes on', file=sys.stderr)
+            print(f'note: the output cannot be written any more ({e}); it goes on', file=sys.stderr)
+
+    def flush(self) -> None:
+        """It is done already."""
 
 
 def rank_and_world() -> tuple[int, int]:
@@ -1271,7 +1270,7 @@ def is_run(out: Path) -> bool:
     try:
         keys = set(json.loads((out / 'train_config.json').read_text(encoding='utf-8')))
         return {'config', 'commit', 'versions', 'processes'} <= keys
-    except (OSError, ValueError, TypeError):  # none is there, or somebody else's
+    except (OSError, ValueError, TypeError, RecursionError):  # none is there, or somebody else's
         return False
 
 

@@ -1322,6 +1322,7 @@ class Shards:
         for tar in tars:
             with data.reading(f'cannot read {tar}', 'a whole shard'), tarfile.open(tar, 'r:') as archive:
                 for member in filter(tarfile.TarInfo.isfile, archive):
+                    data.inside(folder, member.name)
                     where, slash, file = member.name.rpartition('/')
                     key, _, ending = file.partition('.')
                     if key and ending:  # else it is hidden, as macOS' ._NAME, or no part of a sample
@@ -1713,7 +1714,7 @@ HELP = {
     'batch_size': 'images at a time, on each process; changes no result',
     'json': 'file to write what was measured into',
     'quiet': 'no progress bar',
-    'data': "'easyvqa', or what is said above",
+    'data': "'easyvqa', or what is said above; a folder as for training",
     'split': 'choose on val, report on test',
     'caption_key': 'which key of metadata.jsonl (column of metadata.csv) has the captions',
     'n': 'images (questions of each kind), drawn by --seed; 0: all',

@@ -23,7 +23,6 @@ import io
 import json
 import math
 import os
-import pickle
 import platform
 import re
 import resource
@@ -231,11 +230,12 @@ def folder(path: Path, split: str, caption_key: str) -> Pairs:
         fail(f'--data {path}: no metadata.jsonl in {root}, {{"file_name": …, "text": …}} a line, and no .csv')
     files, captions, wrong = [], [], []
     for table in tables:
-        lines = read_text(table, f'--data {path}').split('\n')  # splitlines() also cuts at U+2028
+        text = read_text(table, f'--data {path}')
         if table.suffix == '.csv':
-            rows = enumerate(csv.DictReader(lines), 2)
-        else:
-            rows = ((number, line) for number, line in enumerate(lines, 1) if line.strip())
+            with reading(f'cannot read {table}', 'commas between its values'):
+                rows = list(enumerate(csv.DictReader(io.StringIO(text)), 2))
+        else:  # splitlines() also cuts at U+2028
+            rows = [(number, line) for number, line in enumerate(text.split('\n'), 1) if line.strip()]
         for number, row in rows:
             try:
                 row = from_json(row) if isinstance(row, str) else row
@@ -1207,10 +1207,9 @@ def versions() -> dict[str, str]:
 
 
 # ---------------------------------------------------------------------------------------------- run directory
-STATE = {'step', 'config', 'model', 'optimizer', 'data'}  # what a checkpoint holds, at least
-FREE_ON_RESUME = set(
-    'out resume workers compile log_every save_every chat max_bad'.split()
-)  # change no result
+STATE = {'step': int, **dict.fromkeys(('config', 'model', 'optimizer', 'data'), dict)}  # of a checkpoint
+# settings that change no result
+FREE_ON_RESUME = set('out resume workers compile log_every save_every chat max_bad'.split())
 
 
 def write(path: Path, content, kept_as: str = '') -> None:
@@ -1286,7 +1285,7 @@ def open_run(cfg, given: set[str]) -> tuple[dict | None, object]:
     if not cfg.out.strip():
         fail('--out: must be the name of a folder')
     restarted = int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)) > 0  # by torchrun: goes on
-    if out.is_dir() and any(out.iterdir()) or out.is_file():
+    if out.is_dir() and any(file.name != 'lock' for file in out.iterdir()) or out.is_file():
         if not is_run(out):
             fail(f'--out {out} is not empty and holds no run: give another --out')
         if not (cfg.resume or restarted):
@@ -1318,14 +1317,14 @@ def load_state(out: Path) -> dict | None:
             if damaged := zipfile.ZipFile(file).testzip():  # torch.load looks at no checksum
                 raise ValueError(f'{damaged} is not as it was written')
             state = torch.load(file, map_location='cpu', weights_only=True)
-            if not isinstance(state, dict) or not STATE <= set(state) or type(state['step']) is not int:
+            if not all(isinstance(state[key], kind) for key, kind in STATE.items()):
                 raise ValueError('it is no checkpoint of this version')
             if broken and rank_and_world()[0] == 0:
                 print(f'warning: {broken[0]}; going on from the one before, {file}', file=sys.stderr)
             return state
         except Exception as e:
-            said = f': {str(e)[:100]!r}' * (not isinstance(e, pickle.UnpicklingError))  # that one misadvises
-            broken.append(f'cannot read {file} ({type(e).__name__}{said})')
+            said = str(e).partition(' In PyTorch')[0][:100]  # what follows there is bad advice
+            broken.append(f'cannot read {file} ({type(e).__name__}: {said!r})')
     if broken:
         fail(f'{"; ".join(broken)}: nothing is left to resume; start again in another --out')
 
@@ -1380,7 +1379,7 @@ class Run:
         self.out, self.saved_step, self.started, self.signal = Path(cfg.out), first_step, time.time(), 0
         (self.rank, self.world), self.parent = rank_and_world(), os.getppid()
         self.last_log, self.last_lap = (self.started, first_step), 0.0
-        if first_step > steps:
+        if not 0 <= first_step <= steps:
             fail(f'{self.out}/train_state.pt is after update {first_step} of {steps}: it is not of this run')
         heard = [n for n in STOPS if signal.getsignal(n) != signal.SIG_IGN]  # nohup ignores SIGHUP
         self.handlers = {n: signal.signal(n, self.on_signal) for n in heard}

@@ -1395,9 +1395,7 @@ class Run:
             print(f'note: {log}: {broken} damaged lines left out')
         for what in ('processes', 'threads'):
             if (then := before.get(what, about[what])) != about[what]:
-                print(
-                    f'note: {then} {what} until now, {about[what]} from here on: sums are rounded otherwise'
-                )
+                print(f'note: {then} {what} until now, {about[what]} from here on: other rounding of sums')
         print(textwrap.fill(', '.join(f'{name} {value!r}' for name, value in about['config'].items()), 120))
         names = ', '.join(f'{name} {version}' for name, version in about['versions'].items())
         print(f'commit {about["commit"]}, {names}, {device}\n{facts}')
@@ -1428,8 +1426,8 @@ class Run:
         rounded = {k: float(f'{v:.6g}') if isinstance(v, float) else v for k, v in row.items()}
         self.unwritten += json.dumps(rounded) + '\n'
         log = self.out / 'log.jsonl'
+        size = log.stat().st_size if log.exists() else 0
         try:
-            size = log.stat().st_size
             with open(log, 'a') as file:
                 file.write(self.unwritten)
             self.unwritten = ''

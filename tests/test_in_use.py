@@ -319,7 +319,8 @@ def test_workers_end_with_their_launcher(tmp_path, pairs):
 def test_sighup_is_a_signal_like_the_others(tmp_path, pairs):
     out = tmp_path / 'run'
     command = [sys.executable, str(SCRIPT), *flags(**dict(TINY, steps=100_000), data=pairs, out=out)]
-    with subprocess.Popen(command, env=environment(), stdout=-1, stderr=-3) as process:
+    heard = dict(preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL))  # under nohup it is not
+    with subprocess.Popen(command, env=environment(), stdout=-1, stderr=-3, **heard) as process:
         wait_for(lambda: (out / 'train_state.pt').exists())
         process.send_signal(signal.SIGHUP)
         assert b'SIGHUP: saved after update' in process.stdout.read()
@@ -374,6 +375,7 @@ def test_a_stopped_evaluation_goes_on(trained, tmp_path, signal_number, monkeypa
     words = [command, str(trained), '--n', '40', '--eps', '4', '--attack', 'pgd', '--batch_size', '2']
     whole = report(words, tmp_path / 'whole.json')
     judge, judged = evaluation.ZeroShot.judge, []
+    before = signal.signal(signal_number, signal.SIG_DFL)  # nohup ignores SIGHUP, and so do we
 
     def stopping(task, images, eps):
         judged.append(eps)
@@ -383,6 +385,7 @@ def test_a_stopped_evaluation_goes_on(trained, tmp_path, signal_number, monkeypa
 
     monkeypatch.setattr(evaluation.ZeroShot, 'judge', stopping)
     code = evaluation.main(evaluation.parse([*words, '--quiet', '--json', str(tmp_path / 'part.json')]))
+    signal.signal(signal_number, before)
     assert code == 128 + signal_number
     assert f'{signal_number.name}: stopped; what was measured is kept' in capsys.readouterr().out
     assert not (tmp_path / 'part.json').exists()

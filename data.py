@@ -50,7 +50,7 @@ import torchvision
 from huggingface_hub import HfApi, snapshot_download
 from PIL import Image, ImageOps, UnidentifiedImageError
 from safetensors.torch import load_file, save_file
-from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from tokenizers import Tokenizer as HFTokenizer
 from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as TF
@@ -919,7 +919,7 @@ def read_llm_tokenizer(place: Path) -> LLMTokenizer:
     if (place / 'tokenizer.json').is_file():
         backend = read_tokenizer(place / 'tokenizer.json')
     elif (place / 'tokenizer.model').is_file():
-        backend = from_sentencepiece(place / 'tokenizer.model')
+        backend = from_sentencepiece(place / 'tokenizer.model', settings)
     else:
         fail(f'{place} has neither tokenizer.json nor tokenizer.model')
     special = {}
@@ -937,27 +937,36 @@ def read_llm_tokenizer(place: Path) -> LLMTokenizer:
     return LLMTokenizer(backend, special, template, ends, str(place))
 
 
-def from_sentencepiece(file: Path) -> HFTokenizer:
-    """sentencepiece's BPE (Llama, Vicuna) for the tokenizers library, which knows special tokens."""
+def from_sentencepiece(file: Path, settings: dict) -> HFTokenizer:
+    """sentencepiece's BPE (Llama, Vicuna) for the tokenizers library.   settings: of tokenizer_config.json"""
     with reading(f'cannot read {file}', "sentencepiece's tokenizer.model"):
         pieces = sentencepiece.SentencePieceProcessor(model_file=str(file))
-    n = pieces.get_piece_size()
-    vocab = {pieces.id_to_piece(i): i for i in range(n)}
-    control = [i for i in range(n) if pieces.is_control(i) or pieces.is_unknown(i)]
-    odd = {*control, *(i for i in range(n) if pieces.is_byte(i) or pieces.is_unused(i))}
+    vocab = {pieces.id_to_piece(i): i for i in range(pieces.get_piece_size())}
+    control = [i for i in vocab.values() if pieces.is_control(i) or pieces.is_unknown(i)]
+    odd = {*control, *(i for i in vocab.values() if pieces.is_byte(i) or pieces.is_unused(i))}
     ordinary = {piece for piece, i in vocab.items() if i not in odd}
-    merges = []  # a piece's score says when it is made, from any two pieces that make it up; in a run of
-    for piece in ordinary:  # equal characters it is from the left, so that the longer part is the left one
+    merges = []  # a piece's score says when it is made, from any two pieces that make it up; a run of one
+    for piece in ordinary:  # character grows from the left, so that of equal scores the longer left part wins
         for a, b in [(piece[:k], piece[k:]) for k in range(1, len(piece))]:
             if a in ordinary and b in ordinary:
                 merges.append((-pieces.get_score(vocab[piece]), -len(a), -len(b), a, b))
-    pairs = [(a, b) for *_, a, b in sorted(merges)]
-    unknown = pieces.id_to_piece(pieces.unk_id())
-    backend = HFTokenizer(models.BPE(vocab, pairs, unk_token=unknown, fuse_unk=True, byte_fallback=True))
+    how = dict(unk_token=pieces.id_to_piece(pieces.unk_id()), fuse_unk=True, byte_fallback=True)
+    backend = HFTokenizer(models.BPE(vocab, [(a, b) for *_, a, b in sorted(merges)], **how))
     backend.normalizer = normalizers.Sequence([normalizers.Prepend('▁'), normalizers.Replace(' ', '▁')])
-    steps = [decoders.Replace('▁', ' '), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(' ', 1, 0)]
-    backend.decoder = decoders.Sequence(steps)
-    backend.add_special_tokens([pieces.id_to_piece(i) for i in control])
+    text = '  '.join(['ﬁ ½ ☃', *sorted(ordinary), '']).replace('▁', ' ')
+    if backend.encode(text).ids != pieces.encode(text):
+        fail(f"{file}: no BPE with Llama's settings; have transformers write a tokenizer.json beside it")
+    start = settings.get('add_prefix_space', True)
+    if not (start and settings.get('legacy', True)):  # no space before what follows a special token
+        scheme, backend.normalizer = 'first' if start else 'never', normalizers.Sequence([])
+        backend.pre_tokenizer = pre_tokenizers.Metaspace('▁', prepend_scheme=scheme, split=False)
+    steps = [decoders.Replace('▁', ' '), decoders.ByteFallback(), decoders.Fuse()]
+    backend.decoder = decoders.Sequence([*steps, decoders.Strip(' ', 1 if start else 0, 0)])
+    tokens = {i: {'content': pieces.id_to_piece(i), 'special': True} for i in control}
+    tokens |= {int(i): token for i, token in settings.get('added_tokens_decoder', {}).items()}
+    backend.add_tokens([AddedToken(**tokens[i] | {'normalized': False}) for i in sorted(tokens)])
+    if wrong := [i for i in tokens if backend.token_to_id(tokens[i]['content']) != i]:
+        fail(f'{file}: added_tokens_decoder has the id {wrong[0]}; ids must follow one another')
     return backend
 
 

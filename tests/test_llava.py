@@ -3,6 +3,9 @@
 import itertools
 import json
 import math
+import random
+import re
+import struct
 import subprocess
 import sys
 
@@ -361,28 +364,126 @@ def test_tokenizers_without_special_tokens(tmp_path):
         data.read_llm_tokenizer(place)
 
 
-def test_sentencepiece(tmp_path):
-    """A Llama tokenizer.model reads as sentencepiece does, with special tokens cut out of the text first."""
+BEGIN, COLOURS = ('what color is', 'is there a', 'USER: a'), ('red', 'blue', 'green', 'yellow')
+WORDS = [f'{a} {b} {c}' for a in BEGIN for b in COLOURS for c in ('circle', 'triangle?', 'shape.')]
+
+
+def sentencepiece_model(place, **how):
+    """A tokenizer.model as Llama's: bytes, digits one by one, and runs of up to 16 spaces that all have one
+    score. They are written behind the others: field 1 of the model, with the piece and its score in it."""
     import sentencepiece
 
-    begin, colours = ('what color is', 'is there a', 'a picture of'), ('red', 'blue', 'green', 'yellow')
-    words = [f'{a} {b} {c}' for a in begin for b in colours for c in ('circle', 'triangle?', 'shape.')]
-    (tmp_path / 'text').write_text('\n'.join(words * 20))
-    places = dict(input=str(tmp_path / 'text'), model_prefix=str(tmp_path / 'tokenizer'), minloglevel=2)
+    (place / 'text').write_text('\n'.join(WORDS * 20))
     llama = dict(model_type='bpe', byte_fallback=True, split_digits=True, normalization_rule_name='identity')
-    how = dict(vocab_size=340, remove_extra_whitespaces=False)
-    sentencepiece.SentencePieceTrainer.train(**places, **llama, **how)
-    settings = {'bos_token': '<s>', 'eos_token': {'content': '</s>'}}
-    (tmp_path / 'tokenizer_config.json').write_text(json.dumps(settings))
-    tok = data.read_llm_tokenizer(tmp_path)
-    sp = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / 'tokenizer.model'))
-    for text in ('what color is the circle?', 'a  blue\nüñ☃ 123', 'triangle', 'red red'):
+    llama |= dict(vocab_size=340, remove_extra_whitespaces=False, minloglevel=2) | how
+    places = dict(input=str(place / 'text'), model_prefix=str(place / 'tokenizer'))
+    sentencepiece.SentencePieceTrainer.train(**places, **llama)
+    with open(place / 'tokenizer.model', 'ab') as file:
+        for length in (2, 4, 8, 5, 16, 6, 12, 13, 10, 14, 3, 9, 7, 11):  # in the order of Mistral's
+            piece = '▁'.encode() * length
+            piece = b'\n' + bytes([len(piece)]) + piece + b'\x15' + struct.pack('<f', -1e9)
+            file.write(b'\n' + bytes([len(piece)]) + piece)
+    return sentencepiece.SentencePieceProcessor(model_file=str(place / 'tokenizer.model'))
+
+
+def read_with(place, **settings):
+    settings = {'bos_token': '<s>', 'eos_token': {'content': '</s>'}} | settings
+    (place / 'tokenizer_config.json').write_text(json.dumps(settings))
+    return data.read_llm_tokenizer(place)
+
+
+def odd_texts(n):
+    parts = [
+        'what color',
+        'triangle?',
+        'USER: a',
+        '1234',
+        '\n',
+        '\t',
+        'üñ☃',
+        'e\u0301',
+        '😀',
+        '\xa0',
+        '<s',
+        '▁',
+        'x',
+    ]
+    g = random.Random(0)
+    parts += [' ' * length for length in range(1, 90, 3)]
+    return [''.join(g.choice(parts) for _ in range(g.randint(1, 12))) for _ in range(n)]
+
+
+def test_sentencepiece(tmp_path):
+    """A Llama tokenizer.model reads as sentencepiece does, with special tokens cut out of the text first."""
+    sp = sentencepiece_model(tmp_path)
+    tok = read_with(tmp_path)
+    for text in ['what color is the circle?', 'a  blue\nüñ☃ 123', 'triangle', 'red red', *odd_texts(300)]:
         found, spans = tok.encode(text)
         assert found == sp.encode(text) and spans[-1][1] == len(text)
-        assert tok.decode(found) == text
+        assert tok.decode(found) == sp.decode(found).strip()
+    assert all(tok.encode('a' + ' ' * n)[0] == sp.encode('a' + ' ' * n) for n in range(200))
     found, _ = tok.encode('<s>what color</s>')
     assert found == [1, *sp.encode('what color'), 2]
-    assert tok.image == 340 and tok.pad == 341 and tok.encode('<image>')[0] == [340]
+    assert tok.image == 354 and tok.pad == 355 and tok.encode('<image>')[0] == [354]
+
+
+@pytest.mark.parametrize('start', [True, False])
+@pytest.mark.parametrize('legacy', [True, False, None])
+def test_what_follows_a_special_token(tmp_path, legacy, start):
+    """legacy, or nothing said of it: a space is put before it, as transformers 4 does; not legacy: none, and
+    without add_prefix_space none before the text either. Equal to LlamaTokenizer of transformers 5, which is
+    never legacy, and, by sentencepiece, to that of 4, but for a text that begins with a space: that puts a
+    second one there."""
+    from transformers import AddedToken, LlamaTokenizer
+
+    sp = sentencepiece_model(tmp_path)
+    ends = dict(content='<end>', lstrip=True, rstrip=True, special=True)
+    added = {
+        '354': ends,
+        '355': dict(content='<|x|>', normalized=True),
+        '2': dict(content='</s>', rstrip=True),
+    }
+    said = {} if legacy is None else dict(legacy=legacy)
+    tok = read_with(tmp_path, add_prefix_space=start, added_tokens_decoder=added, **said)
+    model = json.loads(tok.backend.to_str())['model']
+    how = dict(legacy=bool(legacy), add_prefix_space=start, merges=[tuple(m) for m in model['merges']])
+    theirs = LlamaTokenizer(vocab=model['vocab'], **how)
+    for token in added.values():
+        theirs.add_tokens([AddedToken(**token | dict(normalized=False))])
+    special, texts = ['</s>', '<s>', '<end>', '  <end> ', '<|x|>', ''], odd_texts(900)
+    for i in range(0, 900, 3):
+        before, *after = texts[i : i + 3]
+        text = before.lstrip() + special[i % 5] + after[0] + special[i % 6] + after[1]
+        found = tok.encode(text)[0]
+        if not (legacy is not False and start):
+            assert found == theirs.encode(text, add_special_tokens=False), text
+        parts = re.split(r'(</s>\s*|<s>|\s*<end>\s*|<\|x\|>)', text)
+        expected = []
+        for number, part in enumerate(parts):
+            if number % 2:
+                expected.append(tok.backend.token_to_id(part.strip()))
+            elif part and start and (legacy is not False or number == 0):
+                expected += sp.encode(part)
+            elif part:  # behind a piece that joins with nothing
+                expected += sp.encode('?' + part)[len(sp.encode('?')) :]
+        assert found == expected or text.startswith('▁'), text
+
+
+def test_tokenizer_models_that_are_not_like_llamas(tmp_path):
+    """Would be cut otherwise than by sentencepiece: refused; so are added tokens without their ids."""
+    for how in (
+        dict(model_type='unigram', vocab_size=285),
+        dict(normalization_rule_name='nmt_nfkc'),
+        dict(remove_extra_whitespaces=True),
+        dict(add_dummy_prefix=False),
+        dict(user_defined_symbols=['colour']),
+    ):
+        sentencepiece_model(tmp_path, **how)
+        with pytest.raises(SystemExit, match="tokenizer.model: no BPE with Llama's settings"):
+            read_with(tmp_path)
+    sentencepiece_model(tmp_path)
+    with pytest.raises(SystemExit, match='added_tokens_decoder has the id 356; ids must follow'):
+        read_with(tmp_path, added_tokens_decoder={'356': dict(content='<x>')})
 
 
 # ---------------------------------------------------------------------------------------------------- prompts

@@ -854,12 +854,22 @@ class LLMTokenizer:
         def refuse(message: str):
             raise jinja2.TemplateError(message)
 
+        def step(frame, event, argument):  # is called at each line that is run
+            if next(left, None) is None or text.tell() > 5_000_000:
+                raise jinja2.TemplateError('five million steps or characters')
+            return step
+
         tokens = {'bos_token': self.bos_token or '', 'eos_token': self.eos_token, 'raise_exception': refuse}
+        text, left, traced = io.StringIO(), iter(range(5_000_000)), sys.gettrace()
         try:
-            render = compiled_template(template).render
-            return render(messages=messages, add_generation_prompt=add_generation_prompt, **tokens)
-        except (jinja2.TemplateError, TypeError) as e:
-            raise BadTemplate(f'ends in {type(e).__name__}: {e}') from None
+            sys.settrace(step)  # a sandbox does not end what is endless
+            made = compiled_template(template).generate
+            text.writelines(made(tokens, messages=messages, add_generation_prompt=add_generation_prompt))
+            return text.getvalue()
+        except Exception as e:  # a template can compute anything
+            raise BadTemplate(f'ends in {type(e).__name__}: {str(e)[:400]}') from None
+        finally:
+            sys.settrace(traced)
 
     def files(self, max_length: int, template: str | None = None) -> dict[str, str]:
         """File name → content, for transformers' AutoTokenizer.   template: in place of its own"""

@@ -516,6 +516,36 @@ def test_prompts_and_what_is_supervised():
         data.Prompt(tok, 'chat', 3, 99)
 
 
+LOOP, END = '{% for i in range(100000) %}', '{% endfor %}'
+
+
+@pytest.mark.parametrize(
+    'template, message',
+    [
+        (LOOP * 3 + END * 3, 'five million steps or characters'),  # writes nothing
+        (f'{LOOP}{LOOP[:-2]} if false %}}{END}{END}', 'five million steps'),
+        (
+            '{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}',
+            'five',
+        ),
+        (LOOP * 2 + 'x' * 1000 + END * 2, 'five million steps or characters'),
+        ('{{ 1 }} ' * 500_000, 'five million steps'),
+        ('{{ 1 // 0 }}', 'ZeroDivisionError: integer division'),
+        ('{{' + '(' * 100_000, 'RecursionError'),
+        (5, 'TypeError'),
+    ],
+)
+def test_templates_that_do_not_end(template, message):
+    """Or end in an error: refused where they were asked for, else questions are put as Vicuna's."""
+    tok = tokenizer()
+    tok.chat_template = template
+    traced = sys.gettrace()
+    with pytest.raises(SystemExit, match=f'error: --prompt chat: .* ends in .*{message}.*; use --prompt v1'):
+        data.Prompt(tok, 'chat', 1, 99).text([('what?', 'red')])
+    assert sys.gettrace() is traced
+    assert 'five' in message or data.prompt_style('', tok) == 'v1'
+
+
 def test_chat_templates_of_models_that_see():
     """They take a list of images and texts; what a template shows of neither is an error, no empty prompt."""
     tok = tokenizer()

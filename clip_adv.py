@@ -461,16 +461,17 @@ def as_dataclass(kind, given: dict, where: str):
     """given as a dataclass of this kind. A key that it does not have, or a value that its type does not
     allow, is an error, since it would not be obeyed.   where: what it is a part of, for the error"""
     if not isinstance(given, dict):
-        data.fail(f'{where} is {given!r}; expected an object')
+        data.fail(f'{where} is {given!r:.80}; expected an object')
     hints, given = get_type_hints(kind), dict(given)
     for key, value in given.items():
         if key not in hints:
             data.fail(f'{where}: unknown key {key}; supported: {", ".join(hints)}')
         if is_dataclass(hints[key]):
             given[key] = as_dataclass(hints[key], value, f'{where}.{key}')
-        elif not suits(value, hints[key]):
+        elif not suits(value, hints[key]) or 'layers' in key and value > 1000:
             name = getattr(hints[key], '__name__', '') if isinstance(hints[key], type) else str(hints[key])
-            data.fail(f'{where}.{key} is {value!r}; supported: {name.replace("typing.", "")}')
+            name += ', 1 … 1000' if 'layers' in key else ', 1 … a million' if name == 'int' else ''
+            data.fail(f'{where}.{key} is {value!r:.80}; supported: {name.replace("typing.", "")}')
     return kind(**given)
 
 
@@ -487,8 +488,8 @@ def suits(value, hint) -> bool:
     if inner:  # one of several
         return any(suits(value, one) for one in inner)
     if hint is float:
-        return type(value) in (int, float) and 0 <= value < math.inf
-    return type(value) is hint and (hint is not int or value > 0)
+        return type(value) in (int, float) and 0 <= value < 1e12
+    return type(value) is hint and (hint is not int or 0 < value <= 1_000_000)
 
 
 def from_open_clip(config: dict, where: str) -> tuple[ClipCfg, Preprocess]:
@@ -634,7 +635,7 @@ def load_clip(path: str | os.PathLike, size: int | None = None, flag: str = '', 
         cfg, preprocess = from_open_clip(data.read_json(file, str(place)), str(file))
     else:
         cfg, preprocess = from_hf_directory(place)
-    with torch.device('meta'):
+    with torch.device('meta'), data.reading(f'{place}: its model', 'sizes that one can have'):
         model = CLIP(cfg, preprocess)
     names = [*(data.OPEN_CLIP_FILES if file.is_file() else []), *data.HF_FILES]
     weights = data.read_weights(place, names, rename=lambda n: '' if 'position_ids' in n else n)
@@ -696,14 +697,14 @@ def tower_from_hf(kind, config: dict, file: Path):
     What is left out there is as in open_clip, but for two settings."""
     name = 'vision_config' if kind is VisionCfg else 'text_config'
     left_out = tower_to_hf(kind(), ClipCfg(quick_gelu=True)) | {'patch_size': 32, 'eos_token_id': 49407}
-    given = {**(config.get(name) or {}), **(config.get(f'{name}_dict') or {})}  # as older versions had it
-    config, where = left_out | given, f'{file}: {name}'
-    width, heads, act = config['hidden_size'], config['num_attention_heads'], config['hidden_act']
-    if act not in HF_ACTIVATIONS:
-        data.fail(f'{where}: hidden_act is {act!r}; supported: {", ".join(HF_ACTIVATIONS)}')
-    cfg = kind(**{ours: config[theirs] for ours, theirs in HF_SETTINGS.items() if hasattr(kind, ours)})
-    cfg.act_kwargs, cfg.norm_kwargs = HF_ACTIVATIONS[act], {'eps': config['layer_norm_eps']}
-    with data.reading(where, 'whole numbers for the sizes'):
+    with data.reading(f'{file}: {name}', 'an object, with whole numbers for the sizes'):
+        given = {**(config.get(name) or {}), **(config.get(f'{name}_dict') or {})}  # as older versions had it
+        config = left_out | given
+        width, heads, act = config['hidden_size'], config['num_attention_heads'], config['hidden_act']
+        if act not in list(HF_ACTIVATIONS):
+            data.fail(f'{file}: {name}: hidden_act is {act!r:.80}; supported: {", ".join(HF_ACTIVATIONS)}')
+        cfg = kind(**{ours: config[theirs] for ours, theirs in HF_SETTINGS.items() if hasattr(kind, ours)})
+        cfg.act_kwargs, cfg.norm_kwargs = HF_ACTIVATIONS[act], {'eps': config['layer_norm_eps']}
         cfg.mlp_ratio = mlp_ratio(config['intermediate_size'], width)
         if width % heads:
             raise ValueError(f'{heads} heads do not divide the width {width}')
@@ -713,7 +714,7 @@ def tower_from_hf(kind, config: dict, file: Path):
         cfg.hf_tokenizer_name = 'tokenizer.json'  # it lies in the directory
         if config['eos_token_id'] != 2:  # 2 is transformers' mark for the older kind of pooling
             cfg.pool_type, cfg.eos_id = 'eos', config['eos_token_id']
-    return as_dataclass(kind, asdict(cfg), where), act == 'quick_gelu'
+    return as_dataclass(kind, asdict(cfg), f'{file}: {name}'), act == 'quick_gelu'
 
 
 def mlp_ratio(hidden: int, width: int) -> float:
@@ -765,7 +766,8 @@ def preprocess_from_hf(place: Path, size: int) -> tuple[Preprocess, bool]:
     file = place / 'preprocessor_config.json'
     file = file if file.is_file() else place / 'processor_config.json'  # of transformers 5
     how = data.read_json(file, str(place))
-    how = {'size': 224, 'crop_size': 224, 'resample': 3, **how.get('image_processor', how)}
+    with data.reading(f'{file}: image_processor', 'an object'):
+        how = {'size': 224, 'crop_size': 224, 'resample': 3, **how.get('image_processor', how)}
     squash, pad = 'height' in str(how['size']), bool(how.get('do_pad'))
     given = {'mean': how.get('image_mean'), 'std': how.get('image_std')}
     given['resize_mode'] = 'squash' if squash else 'shortest'
@@ -780,7 +782,7 @@ def preprocess_from_hf(place: Path, size: int) -> tuple[Preprocess, bool]:
         if key in ('size', 'crop_size') and isinstance(theirs, int):  # short for a square
             theirs = dict.fromkeys(ours[key], theirs)
         if theirs != ours[key]:
-            data.fail(f'{file}: {key} is {theirs}; supported: {ours[key]}')
+            data.fail(f'{file}: {key} is {theirs!s:.80}; supported: {ours[key]}')
     return found, pad
 
 

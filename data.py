@@ -77,8 +77,10 @@ def reading(what: str, expected: str):
     """An error in here, of whatever kind, ends the program; the message says what was read and expected."""
     try:
         yield
-    except Exception as e:  # libraries raise many kinds, bare ones among them
-        fail(f'{what}: {type(e).__name__}: {str(e)[:400]}; expected {expected}')
+    except BaseException as e:  # libraries raise many kinds; torch goes on with how to load what it refused
+        if not (isinstance(e, Exception) or type(e).__name__ == 'PanicException'):  # of Rust
+            raise
+        fail(f'{what}: {type(e).__name__}: {str(e).partition(" In PyTorch")[0][:400]}; expected {expected}')
 
 
 def read_text(file: Path, what: str) -> str:
@@ -766,8 +768,8 @@ def read_tokenizer(file: Path, what: str = 'the tokenizer') -> HFTokenizer:
     """tokenizer.json; or vocab.txt, BERT's WordPiece with an entry a line, as ΔCLIP has it."""
     with reading(f'cannot read {what} {file}', 'a tokenizer.json or a WordPiece vocab.txt'):
         if file.suffix != '.txt':
-            return HFTokenizer.from_file(str(file))
-        words = file.read_text(encoding='utf-8').rstrip('\n').split('\n')
+            return HFTokenizer.from_str(file.read_text(encoding='utf-8-sig'))
+        words = file.read_text(encoding='utf-8-sig').rstrip('\n').split('\n')
     wordpiece = HFTokenizer(models.WordPiece({word: i for i, word in enumerate(words)}, unk_token='[UNK]'))
     wordpiece.normalizer = normalizers.BertNormalizer(lowercase=True)
     wordpiece.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
@@ -922,29 +924,30 @@ def train_llm_tokenizer(texts: list[str], vocab_size: int) -> LLMTokenizer:
 
 def read_llm_tokenizer(place: Path) -> LLMTokenizer:
     """The tokenizer of a Hugging Face directory: tokenizer.json, or sentencepiece's tokenizer.model."""
-    settings = {}
+    settings, special = {}, {}
     for name in ('chat_template.json', 'config.json', 'special_tokens_map.json', 'tokenizer_config.json'):
         if (place / name).is_file():  # the last one counts
-            settings |= {k: v for k, v in read_json(place / name, str(place)).items() if v is not None}
-    if (place / 'tokenizer.json').is_file():
-        backend = read_tokenizer(place / 'tokenizer.json')
-    elif (place / 'tokenizer.model').is_file():
-        backend = from_sentencepiece(place / 'tokenizer.model', settings)
-    else:
-        fail(f'{place} has neither tokenizer.json nor tokenizer.model')
-    special = {}
-    for name in ('bos', 'eos', 'pad'):
-        token, number = settings.get(f'{name}_token'), settings.get(f'{name}_token_id')
-        token = token['content'] if isinstance(token, dict) else token
-        special[name] = backend.id_to_token(number) if token is None and isinstance(number, int) else token
+            settings |= {k: v for k, v in read_json(place / name, str(place)).items() if v not in (None, -1)}
     template = settings.get('chat_template')
     if (place / 'chat_template.jinja').is_file():
-        template = (place / 'chat_template.jinja').read_text(encoding='utf-8')
-    if isinstance(template, list):  # several, by name
-        template = next((t['template'] for t in template if t['name'] == 'default'), None)
-    ends = settings.get('eos_token_id', settings.get('text_config', {}).get('eos_token_id', []))  # of a LLaVA
-    ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
-    return LLMTokenizer(backend, special, template, ends, str(place))
+        template = read_text(place / 'chat_template.jinja', str(place))
+    with reading(f'{place}: tokens and chat_template of tokenizer_config.json', 'what transformers writes'):
+        if (place / 'tokenizer.json').is_file():
+            backend = read_tokenizer(place / 'tokenizer.json')
+        elif (place / 'tokenizer.model').is_file():
+            backend = from_sentencepiece(place / 'tokenizer.model', settings)
+        else:
+            fail(f'{place} has neither tokenizer.json nor tokenizer.model')
+        for name in ('bos', 'eos', 'pad'):
+            token, number = settings.get(f'{name}_token'), settings.get(f'{name}_token_id')
+            token = token['content'] if isinstance(token, dict) else token
+            special[name] = backend.id_to_token(number) if token is None and number is not None else token
+        if isinstance(template, list):  # several, by name
+            template = next((t['template'] for t in template if t['name'] == 'default'), None)
+        ends = settings.get('eos_token_id', settings.get('text_config', {}).get('eos_token_id'))  # of a LLaVA
+        ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
+        list(map(backend.id_to_token, ends))  # are these ids?
+        return LLMTokenizer(backend, special, template, ends, str(place))
 
 
 def from_sentencepiece(file: Path, settings: dict) -> HFTokenizer:

@@ -788,18 +788,18 @@ ROPE_NEEDS['llama3'] = ['factor', 'low_freq_factor', 'high_freq_factor', 'origin
 
 def llama_cfg(config: dict, where: str) -> LlamaCfg:
     given = {f.name: config[f.name] for f in fields(LlamaCfg) if config.get(f.name) is not None}
-    rope = dict(config.get('rope_parameters') or config.get('rope_scaling') or {})  # of transformers 5, 4
-    given['rope_theta'] = rope.pop('rope_theta', given.get('rope_theta', 10000.0))
-    kind = rope.pop('rope_type', rope.pop('type', 'default'))
-    if any(key not in rope for key in ROPE_NEEDS.get(kind, [kind])):
-        data.fail(f'{where}: rope scaling {kind!r} with {rope}; supported, with what they need: {ROPE_NEEDS}')
-    given['rope_scaling'] = None if kind == 'default' else {**rope, 'rope_type': kind}
-    cfg = clip_adv.as_dataclass(LlamaCfg, given, where)
-    cfg.num_key_value_heads = cfg.num_key_value_heads or cfg.num_attention_heads
-    cfg.head_dim = cfg.head_dim or cfg.hidden_size // cfg.num_attention_heads
-    heads, key_heads = cfg.num_attention_heads, cfg.num_key_value_heads
-    if heads % key_heads or cfg.head_dim % 2:
-        data.fail(f'{where}: {heads} heads and {key_heads} key heads of width {cfg.head_dim} do not fit')
+    with data.reading(f'{where}: rope scaling', f'one of these, with the numbers it needs: {ROPE_NEEDS}'):
+        rope = dict(config.get('rope_parameters') or config.get('rope_scaling') or {})  # of transformers 5, 4
+        given['rope_theta'] = rope.pop('rope_theta', given.get('rope_theta', 10000.0))
+        kind = rope.pop('rope_type', rope.pop('type', 'default'))
+        rope = {key: rope[key] for key in ROPE_NEEDS[kind]}
+        given['rope_scaling'] = {**rope, 'rope_type': kind} if rope else None
+        cfg = clip_adv.as_dataclass(LlamaCfg, given, where)
+        cfg.num_key_value_heads = cfg.num_key_value_heads or cfg.num_attention_heads
+        cfg.head_dim = cfg.head_dim or cfg.hidden_size // cfg.num_attention_heads
+        heads, key_heads = cfg.num_attention_heads, cfg.num_key_value_heads
+        if heads % key_heads or cfg.head_dim % 2 or not cfg.head_dim or not frequencies(cfg).isfinite().all():
+            raise ValueError(f'{heads} heads, {key_heads} key heads, width {cfg.head_dim}, {rope} do not fit')
     return cfg
 
 
@@ -810,10 +810,10 @@ def load_llm(path: str, dtype: torch.dtype) -> tuple[Llama, data.LLMTokenizer]:
     place = data.locate(path, '--llm')
     config, tokenizer = data.read_json(place / 'config.json', f'--llm {path}'), data.read_llm_tokenizer(place)
     weights = data.read_weights(place, data.HF_FILES, rename=lambda n: '' if 'rotary_emb.inv' in n else n)
-    rows = llama_cfg(config, path).vocab_size
+    rows = llama_cfg(config, f'{path}/config.json').vocab_size
     if tokenizer.vocab_size > rows:
         config = {**config, 'vocab_size': -(-tokenizer.vocab_size // 64) * 64}  # 64: suits matrix units
-    with torch.device('meta'):
+    with torch.device('meta'), data.reading(f'{path}/config.json', 'sizes that a model can have'):
         llm = Llama(config, path).to(dtype)
     fit_vocabulary(weights, llm, rows, path)
     data.fill(llm, weights, path)
@@ -947,7 +947,7 @@ def load_llava(path: str, dtype: torch.dtype = torch.float32) -> tuple[LLaVA, da
     image_id = config.get('image_token_index', config.get('image_token_id'))
     if tokenizer.image != image_id:
         data.fail(f'{file}: {data.IMAGE} is token {tokenizer.image} of the tokenizer, and {image_id} here')
-    with torch.device('meta'):
+    with torch.device('meta'), data.reading(str(file), 'sizes that a model can have'):
         llm = Llama({**text, 'vocab_size': max(rows, tokenizer.vocab_size)}, str(file)).to(dtype)
         visual = clip_adv.ViT(clip_cfg, preprocess)
         model = LLaVA(visual, clip_cfg, preprocess, llm, image_id, config.get('prompt_style', ''), pad)
@@ -963,7 +963,7 @@ def check_settings(config: dict, allowed: dict[str, list], where) -> None:
     """allowed: key → values that are obeyed; where the key is missing, it is taken for the first"""
     for key, values in allowed.items():
         if config.get(key, values[0]) not in values:
-            data.fail(f'{where}: {key} is {config[key]!r}; supported: {values[0]!r}')
+            data.fail(f'{where}: {key} is {config[key]!r:.80}; supported: {", ".join(map(repr, values))}')
 
 
 def load_adapters(place: Path, dtype: torch.dtype) -> tuple[LLaVA, data.LLMTokenizer]:

@@ -442,6 +442,21 @@ def test_what_does_not_fit_is_listed(tmp_path):
         ('preprocessor_config', dict(resample=0), 'resample is 0; supported: '),
         ('preprocessor_config', dict(do_normalize=False), 'do_normalize is False; supported: True'),
         ('preprocessor_config', dict(image_mean=None), 'mean is None'),
+        ('preprocessor_config', dict(image_mean=0.5), 'mean is 0.5; supported: list'),
+        ('preprocessor_config', dict(size=[32, 32]), r'config.json: size is \[32, 32\]; supported: .*32'),
+        (
+            'preprocessor_config',
+            dict(size=None, crop_size=None),
+            'config.json: size is None; supported: .*32',
+        ),
+        ('preprocessor_config', dict(resample='bicubic'), 'config.json: resample is bicubic; supported: 3'),
+        ('preprocessor_config', dict(image_processor=None), 'config.json: image_processor: TypeError'),
+        (
+            'config',
+            dict(hidden_act=['gelu']),
+            r"vision_config: hidden_act is \['gelu'\]; supported: quick_gelu",
+        ),
+        ('config', dict(num_hidden_layers=10**9), 'layers is 1000000000; supported: int, 1 … 1000'),
         ('preprocessor_config', dict(image_std=[0.5]), 'three numbers'),
         ('preprocessor_config', dict(image_std=[0.5, 0.5, 0]), 'std'),
         ('preprocessor_config', dict(crop_size=24), 'crop_size is .*24'),
@@ -512,8 +527,11 @@ def test_nothing_in_a_file_of_weights_is_run(tmp_path, place):
         lambda file: torch.save([torch.zeros(1)], file),
     ):
         write(place / name)
-        with pytest.raises(SystemExit, match=f'cannot read {place / name}: '):
+        with pytest.raises(SystemExit, match=f'cannot read {place / name}: ') as e:
             clip_adv.load_clip(place)
+        assert not re.search(
+            'trust|Re-running|False', str(e.value)
+        )  # torch's advice how to open it all the same
     assert not ran.exists()
 
 

@@ -317,10 +317,7 @@ def test_weights_of_a_llava_that_do_not_fit(tmp_path, change, message):
         ),
         (('text_config', dict(hidden_act='gelu')), "text_config.hidden_act is 'gelu'; supported: .*'silu'"),
         (('text_config', dict(vocab_size='1')), "text_config.vocab_size is '1'; supported: int"),
-        (
-            ('vision_config', dict(image_size=[16, 16])),
-            r'image_size is \[16, 16\]; supported: int',
-        ),
+        (('vision_config', dict(image_size=[16, 16])), r'image_size is \[16, 16\]; supported: int'),
         (
             ('vision_config', dict(hidden_act='relu')),
             "vision_config: hidden_act is 'relu'; supported: quick_gelu",
@@ -338,6 +335,50 @@ def test_settings_of_a_llava_that_cannot_be_obeyed(tmp_path, change, message):
     (tmp_path / 'config.json').write_text(json.dumps(config))
     with pytest.raises(SystemExit, match=message):
         llava_adv.load_llava(str(tmp_path))
+
+
+SLOW = [pytest.param(kind, marks=pytest.mark.slow) for kind in ('llava', 'adapters')]
+ODD = [None, '128', [], [32, 32], {'a': 1}, -1, 0, 2.5, True, 10**9, 10**400, '\0', [[1]]]
+
+
+def with_an_odd_value(config, depth, odd):
+    """Copies of it, in each of which one value is another; of all odd ones every third in turn."""
+    for number, (key, value) in enumerate(config.items()):
+        for one in odd[number % 3 :: 3]:
+            yield config | {key: one}
+        for change in with_an_odd_value(value, depth - 1, odd) if depth and isinstance(value, dict) else ():
+            yield config | {key: change}
+
+
+@pytest.mark.filterwarnings('ignore::FutureWarning')
+@pytest.mark.parametrize('kind', ['llm', 'clip', *SLOW])
+def test_odd_values_are_obeyed_or_refused(tmp_path, kind):
+    """In every key of every JSON file of a directory; refused in one line, and never by a traceback."""
+    place = tmp_path / kind
+    place.mkdir()
+    if kind == 'clip':
+        hugging_face(place)
+    elif kind == 'llava':
+        hub_llava(place)
+    else:
+        saved(language_model('llama3'), place)
+    if kind == 'adapters':
+        place = tmp_path / 'delta2'
+        released(place, tmp_path / kind)
+    load = {'llm': lambda p: llava_adv.load_llm(str(p), torch.float32), 'clip': clip_adv.from_hf_directory}
+    refused = 0
+    for file in sorted(set(place.glob('*.json')) - {place / 'tokenizer.json'}):
+        before = file.read_text()
+        odd = with_an_odd_value(json.loads(before), 1, ODD)
+        for text in ['[' * 100_000, '{', '[]', 'x', *map(json.dumps, odd)]:
+            file.write_text(text)
+            try:
+                load.get(kind, lambda p: llava_adv.load_llava(str(p)))(place)
+            except SystemExit as e:
+                refused += 1
+                assert re.fullmatch(r'error: .*|error: .* is of another architecture:\n(?s:.*)', str(e))
+        file.write_text(before)
+    assert refused > 50
 
 
 def test_a_clip_of_hugging_face_as_image_tower(tmp_path, parts):

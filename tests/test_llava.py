@@ -325,6 +325,14 @@ def test_weights_that_do_not_fit(tmp_path):
         (dict(hidden_act='gelu'), 'hidden_act'),
         (dict(rope_parameters={'rope_type': 'yarn', 'factor': 2}), 'rope scaling.*yarn'),
         (dict(num_key_value_heads=3), '3 key heads'),
+        (dict(hidden_size='128'), "config.json.hidden_size is '128'; supported: int, 1 … a million"),
+        (dict(num_attention_heads=0), 'num_attention_heads is 0; supported: int'),
+        (dict(num_hidden_layers=10**9), 'num_hidden_layers is 1000000000; supported: int, 1 … 1000'),
+        (dict(rms_norm_eps=10**400), 'rms_norm_eps is 10{70,}; supported: float'),
+        (dict(rope_parameters=['linear']), 'config.json: rope scaling: ValueError'),
+        (dict(rope_parameters={'rope_type': 'linear', 'factor': '2'}), 'rope scaling: TypeError'),
+        (dict(rope_parameters={'rope_type': 'linear', 'factor': 0}), "'factor': 0.* do not fit"),
+        (dict(eos_token_id=['</s>']), 'tokens and chat_template of tokenizer_config.json: TypeError'),
     ]:
         (place / 'config.json').write_text(json.dumps(config | change))
         with pytest.raises(SystemExit, match=message):
@@ -356,6 +364,10 @@ def test_tokenizers_without_special_tokens(tmp_path):
     less(files[1], settings, 'eos_token')
     with pytest.raises(SystemExit, match='eos_token None is not in the tokenizer; see tokenizer_config.json'):
         data.read_llm_tokenizer(place)
+    for number in (-1, None, 10**9):  # −1: none, in configurations of the first Llamas
+        files[0].write_text(json.dumps(dict(pad_token_id=number)))
+        files[1].write_text(json.dumps({k: v for k, v in settings.items() if k != 'pad_token'}))
+        assert data.read_llm_tokenizer(place).pad_token == '<pad>'
     files[1].write_text(json.dumps(settings | {'bos_token': '<nothing>'}))
     with pytest.raises(SystemExit, match="bos_token '<nothing>'"):
         data.read_llm_tokenizer(place)
@@ -470,7 +482,8 @@ def test_what_follows_a_special_token(tmp_path, legacy, start):
 
 
 def test_tokenizer_models_that_are_not_like_llamas(tmp_path):
-    """Would be cut otherwise than by sentencepiece: refused; so are added tokens without their ids."""
+    """Would be cut otherwise than by sentencepiece: refused; so are added tokens that cannot have their ids,
+    and files that are no tokenizers."""
     for how in (
         dict(model_type='unigram', vocab_size=285),
         dict(normalization_rule_name='nmt_nfkc'),
@@ -482,8 +495,21 @@ def test_tokenizer_models_that_are_not_like_llamas(tmp_path):
         with pytest.raises(SystemExit, match="tokenizer.model: no BPE with Llama's settings"):
             read_with(tmp_path)
     sentencepiece_model(tmp_path)
-    with pytest.raises(SystemExit, match='added_tokens_decoder has the id 356; ids must follow'):
-        read_with(tmp_path, added_tokens_decoder={'356': dict(content='<x>')})
+    for added, message in (
+        ({'356': dict(content='<x>')}, 'added_tokens_decoder has the id 356; ids must follow'),
+        ({'354': dict(lstrip=True)}, "tokenizer_config.json: KeyError: 'content'; expected"),
+        ([5], 'tokens and chat_template of tokenizer_config.json: AttributeError'),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            read_with(tmp_path, added_tokens_decoder=added)
+    whole = json.loads(tokenizer().files(99)['tokenizer.json'])
+    whole['model']['continuing_subword_prefix'] = '../..'
+    for text in ('{', '[]', '[' * 100_000, '{}', json.dumps(whole)):  # the last makes the library panic
+        (tmp_path / 'tokenizer.json').write_text(text)
+        with pytest.raises(
+            SystemExit, match='error: cannot read the tokenizer .*tokenizer.json: .*; expected'
+        ):
+            read_with(tmp_path)
 
 
 # ---------------------------------------------------------------------------------------------------- prompts

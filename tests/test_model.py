@@ -192,6 +192,7 @@ def test_what_a_run_directory_holds(run):
         'model.safetensors',
         'preprocessor_config.json',
         'README.md',
+        'lock',
     }
     rows = [json.loads(line) for line in (run / 'log.jsonl').read_text().splitlines()]
     assert [r['step'] for r in rows] == [2, 4, 6]

@@ -1,0 +1,36 @@
+"""README's tables are what lies in results/."""
+
+import json
+import re
+
+from conftest import ROOT
+
+
+def rows(file):
+    return json.loads((ROOT / 'results' / file).read_text())['rows']
+
+
+def measured(file, measure, **where):
+    """In %, by ε."""
+    found = [r for r in rows(file) if r['measure'] == measure and where.items() <= r.items()]
+    return [f'{100 * r["value"]:.1f}' for r in sorted(found, key=lambda r: r['eps'])]
+
+
+def test_tables_are_what_was_measured():
+    lines = [line for line in (ROOT / 'README.md').read_text().splitlines() if '](results/' in line]
+    cells = [[cell.strip() for cell in line.strip('|').split('|')] for line in lines]
+    cells = {re.search(r'\]\(results/(\w+)\)', row[0])[1]: row[1:] for row in cells if len(row) > 5}
+    for model in ('clip', 'clip_adv', 'clip_holdout', 'clip_adv_holdout'):
+        file, first = ('held-out', 0) if 'holdout' in model else ('test', 1)
+        found = measured(f'zeroshot_{file}.json', 'accuracy', model=f'runs/{model}')
+        assert found == cells[model][first:-1]
+    for model in ('llava_adv_llm', 'llava', 'llava_single', 'llava_tuned', 'llava_adv'):
+        what, yes_no, cider, facts, forced = cells[model]
+        own = {'model': rows(f'{model}/what.json')[0]['model']}
+        assert ' → '.join(measured(f'{model}/what.json', 'accuracy', subset='what')) == what
+        shares = zip(*(measured(f'{model}/pope.json', measure) for measure in ('accuracy', 'yes_rate')))
+        assert ' → '.join(f'{accuracy} ({yes})' for accuracy, yes in shares) == yes_no
+        assert ' → '.join(measured(f'{model}/caption.json', 'CIDEr', **own)) == cider
+        assert ' → '.join(measured(f'{model}/caption.json', 'both', **own)) == facts
+        found = measured(f'{model}/targeted.json', 'forced')[1:]
+        assert ', '.join(f'{float(share):.0f}' for share in found) in (forced, '')

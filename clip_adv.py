@@ -858,7 +858,8 @@ def measuring(cfg: Config) -> str:
         return shlex.join(['python', 'eval.py', 'zeroshot', cfg.out])
     command = ['python', 'eval.py', 'retrieval', cfg.out, '--data', cfg.data]
     command += ['--caption_key', cfg.caption_key] if cfg.caption_key != 'text' else []
-    there = [split for split in ('test', 'val', 'train') if (Path(cfg.data) / split).is_dir()] + ['test']
+    splits = ('test', 'val', 'validation', 'valid', 'train')
+    there = [split for split in splits if (Path(cfg.data) / split).is_dir()] + ['test']
     return shlex.join(command + (['--split', there[0]] if there[0] != 'test' else []))
 
 

@@ -56,6 +56,7 @@ from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as TF
 from tqdm import tqdm
 
+PARENT = os.getppid()  # torchrun, if it started this
 COLOURS = ('black', 'blue', 'brown', 'gray', 'green', 'red', 'teal', 'yellow')
 SHAPES = ('circle', 'rectangle', 'triangle')
 IMAGE = '<image>'  # in a text: where the image's tokens go
@@ -89,11 +90,11 @@ def read_text(file: Path, what: str) -> str:
         return file.read_text(encoding='utf-8-sig')
 
 
-def read_json(path: Path, what: str, kind: type = dict):
+def read_json(path: Path, what: str) -> dict:
     """The content of a JSON file.   what: the flag or the directory that named it, for errors"""
-    with reading(f'{what}: cannot read {path}', f'a JSON {"object" if kind is dict else "list"}'):
+    with reading(f'{what}: cannot read {path}', 'a JSON object'):
         content = from_json(path.read_text(encoding='utf-8-sig'))
-        if not isinstance(content, kind):
+        if not isinstance(content, dict):
             raise TypeError(f'it holds {str(content)[:60]!r}')
         return content
 
@@ -105,11 +106,13 @@ def from_json(text: str):
     return content
 
 
-def inside(root: Path, name: str) -> Path:
-    """root/name, a file that a data set names; it must not lead out of its folder. Takes Windows' slashes."""
-    path = root / name.replace('\\', '/')
-    if not Path(os.path.abspath(path)).is_relative_to(os.path.abspath(root)):
-        raise ValueError(f'{name!r} leads out of the folder {root}')
+def inside(root: str | Path, name: str) -> Path:
+    """root/name, a file that a data set names: not one outside of root, if there is a root ('': none)."""
+    name = name.replace('\\', '/')  # of Windows
+    path = Path(root, name)
+    if root != '' and (name.startswith('/') or '..' in name):
+        if not Path(os.path.abspath(path)).is_relative_to(os.path.abspath(root)):
+            raise ValueError(f'{name!r} leads out of the folder {root}')
     return path
 
 
@@ -209,6 +212,14 @@ def has_table(folder: Path) -> bool:
     return any((folder / name).is_file() for name in TABLES)
 
 
+def tables_of(root: Path) -> list[Path]:
+    """Its own; else those further down, one to a folder."""
+    if has_table(root):
+        return [root / name for name in TABLES if (root / name).is_file()][:1]
+    found = {file.parent: file for name in reversed(TABLES) for file in sorted(root.rglob(name))}
+    return list(found.values())
+
+
 def split_folder(path: Path, split: str) -> Path:
     """path/split; or path, if not divided. (A class may be called so, and a folder that a table lists.)"""
     names, listed = 'train training val valid validation test testing dev', has_table(path)
@@ -226,8 +237,7 @@ def folder(path: Path, split: str, caption_key: str) -> Pairs:
     if not path.is_dir():
         fail(f'--data {path}: no such folder (and not the name "easyvqa")')
     root = split_folder(path, split)
-    tables = [root / name for name in TABLES if (root / name).is_file()][:1]
-    tables = tables or sorted(found for name in TABLES for found in root.rglob(name))
+    tables = tables_of(root)
     if not tables:
         fail(f'--data {path}: no metadata.jsonl in {root}, {{"file_name": …, "text": …}} a line, and no .csv')
     files, captions, wrong = [], [], []
@@ -258,7 +268,7 @@ def folder(path: Path, split: str, caption_key: str) -> Pairs:
 
 def fingerprint(texts, files: list[Path | None]) -> dict[str, str]:
     """What a checkpoint knows the data of its run by.   texts: in their order, of any structure"""
-    of = {'texts': texts, 'names of images': (file and file.name for file in files)}
+    of = {'texts': texts, 'names of images': (file and file.parts[-2:] for file in files)}
     of['sizes of images'] = (file and file.stat().st_size for file in files)
     digests = {what: hashlib.blake2b(digest_size=8) for what in of}
     for what, values in of.items():
@@ -385,8 +395,8 @@ def llava_chat(row: dict, image_root: str, name: str) -> Chat:
     questions, answers, image = texts[::2], texts[1::2], row.get('image') or None
     [image] = image if isinstance(image, list) else [image]
     if image and questions:
-        try:  # without --image_root there is no folder to lead out of
-            image = inside(Path(image_root), image) if image_root else Path(image.replace('\\', '/'))
+        try:
+            image = inside(image_root, image)
         except ValueError as e:
             raise BadSample('its image leads out of --image_root', str(e)) from None
         place = next((n for n, question in enumerate(questions) if IMAGE in question), 0)
@@ -420,7 +430,7 @@ def read_image(file: Path | io.BytesIO, name: str = '') -> Image.Image:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode == 'F' or image.mode == 'I' and image.format != 'PNG':  # of a PNG it is 16 bits
+    if image.mode == 'F' or image.mode == 'I' and image.format not in ('PNG', 'PPM'):  # these have 16 bits
         raise ValueError(f'pixels of mode {image.mode} have no range that is known; save 8 or 16 bits')
     with contextlib.suppress(Exception):  # EXIF that cannot be read turns nothing
         image = ImageOps.exif_transpose(image)
@@ -768,8 +778,8 @@ def read_tokenizer(file: Path, what: str = 'the tokenizer') -> HFTokenizer:
     """tokenizer.json; or vocab.txt, BERT's WordPiece with an entry a line, as ΔCLIP has it."""
     with reading(f'cannot read {what} {file}', 'a tokenizer.json or a WordPiece vocab.txt'):
         if file.suffix != '.txt':
-            return HFTokenizer.from_str(file.read_text(encoding='utf-8-sig'))
-        words = file.read_text(encoding='utf-8-sig').rstrip('\n').split('\n')
+            return HFTokenizer.from_str(read_text(file, what))
+        words = read_text(file, what).rstrip('\n').split('\n')
     wordpiece = HFTokenizer(models.WordPiece({word: i for i, word in enumerate(words)}, unk_token='[UNK]'))
     wordpiece.normalizer = normalizers.BertNormalizer(lowercase=True)
     wordpiece.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
@@ -864,7 +874,8 @@ class LLMTokenizer:
         tokens = {'bos_token': self.bos_token or '', 'eos_token': self.eos_token, 'raise_exception': refuse}
         text, left, traced = io.StringIO(), iter(range(5_000_000)), sys.gettrace()
         try:
-            sys.settrace(step)  # a sandbox does not end what is endless
+            if template != V1_TEMPLATE:
+                sys.settrace(step)  # a sandbox does not end what is endless
             made = compiled_template(template).generate
             text.writelines(made(tokens, messages=messages, add_generation_prompt=add_generation_prompt))
             return text.getvalue()
@@ -1199,6 +1210,10 @@ def rank_and_world() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
+def launcher_gone() -> bool:
+    return dist.is_initialized() and os.getppid() != PARENT
+
+
 def gather_objects(value) -> list:
     """[value of rank 0, value of rank 1, …] on all ranks."""
     everyone = [value] * rank_and_world()[1]
@@ -1278,26 +1293,21 @@ def sha256(file: Path) -> str:
     return digest.hexdigest()
 
 
-def check_export(file: Path) -> None:
-    """Weights in a run are as training exported them, by the sha256 in its train_config.json."""
-    known = read_json(file.parent / 'train_config.json', str(file.parent)) if is_run(file.parent) else {}
-    if 'sha256' in known and known['sha256'].get(file.name) != sha256(file):
-        why = 'by the sha256 in train_config.json: it is damaged, replaced or half of an export'
-        fail(f'{file} is not what training wrote, {why}. --resume of that run writes it again')
-
-
-def is_run(out: Path) -> bool:
-    """Whether our training wrote what is there."""
+def settings_of(out: Path) -> dict:
+    """train_config.json, if our training wrote it; else nothing: it is no run."""
     try:
-        keys = set(json.loads((out / 'train_config.json').read_text(encoding='utf-8')))
-        return {'config', 'commit', 'versions', 'processes'} <= keys
+        about = json.loads((out / 'train_config.json').read_text(encoding='utf-8'))
+        return about if {'config', 'commit', 'versions', 'processes'} <= set(about) else {}
     except (OSError, ValueError, TypeError, RecursionError):  # none is there, or somebody else's
-        return False
+        return {}
 
 
-def updates_of(out: Path) -> int | None:
-    """How many updates the model that a run exported has had."""
-    return read_json(out / 'train_config.json', str(out)).get('updates')
+def check_export(file: Path) -> None:
+    """Weights in a run are as training exported them."""
+    known = settings_of(file.parent).get('sha256')
+    if known is not None and known.get(file.name) != sha256(file):
+        why = 'by the sha256 in train_config.json: it is damaged, replaced or being written'
+        fail(f'{file} is not what training wrote, {why}. --resume of that run writes it again')
 
 
 def open_run(cfg, given: set[str]) -> tuple[dict | None, object]:
@@ -1308,14 +1318,14 @@ def open_run(cfg, given: set[str]) -> tuple[dict | None, object]:
         fail('--out: must be the name of a folder')
     restarted = int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)) > 0  # by torchrun: goes on
     if out.is_dir() and any(file.name != 'lock' for file in out.iterdir()) or out.is_file():
-        if not is_run(out):
+        if not (about := settings_of(out)):
             fail(f'--out {out} is not empty and holds no run: give another --out')
         if not (cfg.resume or restarted):
             fail(f'--out {out} holds a run: continue it with --resume, or give another --out')
         state = load_state(out)
         if state is None and any((out / name).exists() for name in (OPEN_CLIP_FILES[0], HF_FILES[0])):
             fail(f'--out {out} holds a model but no train_state.pt to go on from: give another --out')
-        old = state['config'] if state else read_json(out / 'train_config.json', f'--out {out}')['config']
+        old = (state or about)['config']
     known = {f.name for f in fields(cfg)}
     if unknown := sorted(set(old) - known):
         fail(f'--resume: the run in {out} is not of this stage, or of another version: it has --{unknown[0]}')
@@ -1339,7 +1349,8 @@ def load_state(out: Path) -> dict | None:
             if damaged := zipfile.ZipFile(file).testzip():  # torch.load looks at no checksum
                 raise ValueError(f'{damaged} is not as it was written')
             state = torch.load(file, map_location='cpu', weights_only=True)
-            if not all(isinstance(state[key], kind) for key, kind in STATE.items()):
+            held = state.get if isinstance(state, dict) else {}.get
+            if not all(isinstance(held(key), kind) for key, kind in STATE.items()):
                 raise ValueError('it is no checkpoint of this version')
             if broken and rank_and_world()[0] == 0:
                 print(f'warning: {broken[0]}; going on from the one before, {file}', file=sys.stderr)
@@ -1380,7 +1391,10 @@ def write_settings(cfg, updates: int = 0) -> dict:
     return about
 
 
-STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+def hear(handler) -> dict:
+    """Of the signals that end a program; but nohup has SIGHUP ignored. Returns the handlers before."""
+    stops = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    return {n: signal.signal(n, handler) for n in stops if signal.getsignal(n) != signal.SIG_IGN}
 
 
 def step_of(line: str) -> float:
@@ -1399,16 +1413,15 @@ class Run:
     def __init__(self, cfg, first_step: int, steps: int, facts: str, device: torch.device):
         self.cfg, self.steps = cfg, steps
         self.out, self.saved_step, self.started, self.signal = Path(cfg.out), first_step, time.time(), 0
-        (self.rank, self.world), self.parent = rank_and_world(), os.getppid()
+        self.rank, self.world = rank_and_world()
         self.last_log, self.last_lap = (self.started, first_step), 0.0
         if not 0 <= first_step <= steps:
             fail(f'{self.out}/train_state.pt is after update {first_step} of {steps}: it is not of this run')
-        heard = [n for n in STOPS if signal.getsignal(n) != signal.SIG_IGN]  # nohup ignores SIGHUP
-        self.handlers = {n: signal.signal(n, self.on_signal) for n in heard}
+        self.handlers = hear(self.on_signal)
         self.unwritten = ''
         if self.rank > 0:
             return
-        before = read_json(self.out / 'train_config.json', str(self.out)) if first_step else {}
+        before = settings_of(self.out) if first_step else {}
         about = write_settings(cfg)
         log = self.out / 'log.jsonl'  # of a run that goes on: as far as its checkpoint
         lines = log.read_text(encoding='utf-8', errors='replace').splitlines() if log.exists() else []
@@ -1483,7 +1496,8 @@ class Run:
             yield from batches
         except BadImage as e:  # from a worker it comes with the worker's traceback before it
             said = str(e).strip().splitlines()[-1]
-            fail(f'{said}; stopped, {self.kept()}. Put the image back as it was, then --resume')
+            what_now = 'With the same file put back, --resume; with another one, train in another --out'
+            fail(f'{said}; stopped, {self.kept()}. {what_now}')
 
     def stop_if_not_finite(self, step: int, loss: float, grad_norm: float) -> None:
         if not math.isfinite(grad_norm):  # the same on all ranks
@@ -1496,7 +1510,7 @@ class Run:
 
     def asked_to_stop(self) -> int:
         """The signal that any of the ranks got, or 0. When torchrun is gone, nobody else ends its ranks."""
-        if dist.is_initialized() and os.getppid() != self.parent:
+        if launcher_gone():
             self.signal = self.signal or signal.SIGTERM
         return max(gather_objects(self.signal))
 

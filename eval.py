@@ -18,6 +18,7 @@ and the results in a run's card are made of rows. Those about a run of ours are 
 import argparse
 import contextlib
 import fcntl
+import glob
 import hashlib
 import inspect
 import io
@@ -35,7 +36,6 @@ import time
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from functools import partial
-from glob import glob
 from pathlib import Path
 from statistics import fmean, stdev
 from types import SimpleNamespace
@@ -75,9 +75,9 @@ def measure(args, task, numbers: list[int], levels: list[float], name: str) -> d
     known, found = args.kept.before(), {level: {} for level in levels}
     quiet, often = args.quiet or args.rank > 0, 0.5 if sys.stderr.isatty() else 60
     with tqdm(total=len(mine) * len(levels), desc=name, disable=quiet, mininterval=often) as bar:
-        for pool in chunks(mine, task.batches * args.batch_size):  # they stay full when images leave
-            if args.world > 1 and os.getppid() != args.parent:
-                raise KeyboardInterrupt(signal.SIGTERM)  # torchrun is gone
+        for pool in chunks(mine, max(task.pool, args.batch_size)):  # batches stay full when images leave
+            if data.launcher_gone():
+                raise KeyboardInterrupt(signal.SIGTERM)
             loaded = None
             for level in levels:
                 judged = {i: known[level, i] for i in pool if (level, i) in known}
@@ -98,21 +98,24 @@ class Kept:
 
     def __init__(self, args):
         self.file, self.calls, self.rank = None, 0, args.rank
-        runs = [Path(p) / 'eval' / args.command for p in args.dirs if data.is_run(Path(p))]
+        runs = [Path(p) / 'eval' / args.command for p in args.dirs if data.settings_of(Path(p))]
         beside = [Path(args.json)] if args.json else runs
         if not beside or args.run in (audit, show) or args.run is caption and args.grid:
             return
-        ends = ('safetensors', 'bin')
-        files = [file for p in args.dirs for end in ends for file in sorted(Path(p).glob(f'*.{end}'))]
-        stamps = [file.stat().st_mtime_ns for file in [*files, *map(Path, args.data)] if file.exists()]
-        same = digest([args.dirs, *identity(args), data.commit(), stamps])
+        ends = ('.safetensors', '.bin', '.json', '.jinja', '.model', '.txt', '.py')
+        used = [file for p in [Path(__file__).parent, *args.dirs] for file in sorted(Path(p).glob('*.*'))]
+        used = [file for file in used if file.suffix in ends]
+        flags = ('classnames', 'templates', 'annotations')
+        used += [Path(getattr(args, flag, '')) for flag in flags]
+        used += [path for name in args.data for path in (Path(name), Path(name, args.split))]
+        stamps = [file.stat().st_mtime_ns for file in used if file.exists()]
+        same = digest([args.dirs, *identity(args), stamps])
         self.file = beside[0].with_name(f'{beside[0].name}_{same}.partial')
 
     def before(self) -> dict[tuple[float, int], tuple]:
         """{(level, number): outcome} of this call of `measure`, of all processes"""
         self.calls, found = self.calls + 1, {}
-        files = sorted(self.file.parent.glob(f'{self.file.name}*')) if self.file else []
-        for line in (line for file in files for line in file.read_text(encoding='utf-8').split('\n')):
+        for line in (line for file in self.files() for line in file.read_text().split('\n')):
             with contextlib.suppress(ValueError, TypeError):  # the last line may be half of one
                 call, level, outcomes = json.loads(line)
                 found |= {(level, int(i)): tuple(of) for i, of in outcomes.items() if call == self.calls}
@@ -123,14 +126,17 @@ class Kept:
             return
         try:
             self.file.parent.mkdir(exist_ok=True)
-            with open(f'{self.file}{self.rank}', 'a', encoding='utf-8') as file:
+            with open(f'{self.file}{self.rank}', 'a') as file:
                 file.write(json.dumps([self.calls, level, outcomes]) + '\n')
         except OSError as e:
             print(f'warning: cannot keep what is measured, in case that it is stopped: {e}', file=sys.stderr)
             self.file = None
 
+    def files(self) -> list[Path]:
+        return [Path(file) for file in sorted(glob.glob(f'{glob.escape(f"{self.file}")}*')) if self.file]
+
     def forget(self) -> None:
-        for file in self.file.parent.glob(f'{self.file.name}*') if self.file else []:
+        for file in self.files():
             file.unlink()
 
 
@@ -161,7 +167,7 @@ def draw(items: list, n: int, seed: int) -> list:
 # ------------------------------------------------------------------------------------------ rows and outcomes
 def say_what_was_trained_on(args, runs: list[Path]) -> None:
     for run, name in itertools.product(runs, map(Path, args.data)):
-        of = Path(data.read_json(run / 'train_config.json', f'{run}')['config']['data'])
+        of = data.settings_of(run)['config'].get('data', '')
         if os.path.realpath(of) == os.path.realpath(name) and args.rank == 0:
             if args.split == 'train' or name.is_dir() and data.split_folder(name, args.split) == name:
                 print(f'note: {run} was trained on these images', file=sys.stderr)
@@ -292,7 +298,7 @@ def ranks(logits, x: Tensor, y: Tensor, batch_size: int) -> list[int]:
     for rows in torch.arange(len(x), device=x.device).split(batch_size):
         z, label = logits(x[rows], rows), y[rows, None]
         right, before = z.gather(1, label), torch.arange(z.shape[1], device=x.device) < label
-        found += ((z > right) | (z == right) & before | z.isnan()).sum(1).tolist()
+        found += ((z > right) | (z == right) & before).sum(1).tolist()
     return found
 
 
@@ -300,7 +306,7 @@ def ranks(logits, x: Tensor, y: Tensor, batch_size: int) -> list[int]:
 class ZeroShot:
     """For `measure`: which class is nearest?   outcome: (how many are ahead of the right one, that one)"""
 
-    batches = 8  # of images, opened together
+    pool = 256  # images that are opened together
 
     def __init__(self, args, classifier: Classifier, images):
         self.args, self.classifier, self.images = args, classifier, images
@@ -393,8 +399,7 @@ def subset(images: 'ClassSet', path: str, args) -> list[int] | None:
     """The images whose caption the run never saw ('held-out'), or the others ('seen'); None: all."""
     if args.subset == 'all':
         return None
-    config = data.read_json(Path(path) / 'train_config.json', f'--subset {args.subset}: {path}')
-    held = data.held_out(config['config']['holdout'])
+    held = data.held_out(data.settings_of(Path(path)).get('config', {}).get('holdout', ''))
     if not held:
         data.fail(f'--subset {args.subset}: {path} was trained without --holdout')
     is_held = [data.pair_name(c) in held for c in images.classes]
@@ -647,7 +652,7 @@ class Answers:
     """For `measure`: answers, clean and after the rounds of an attack.   outcome: (answer, its score)
     The attack is APGD without a random start, its first step ε, as in RobustVLM's ensembles."""
 
-    batches = 2  # an attack on answers takes long, and what is begun is not kept
+    pool = 64  # images: an attack on answers takes long, and what is begun is not kept
     model: Answerer
     questions: list['Question']
     iterations: int = 100  # of each round
@@ -1261,7 +1266,9 @@ def class_set(
     classnames.txt, SPLIT/*.tar; or a folder for each class); or a class of torchvision.datasets.
     classnames, templates: files, a line each, instead of the data's own; templates: or a key of TEMPLATES."""
     path, file, whose = Path(name), classnames, 'captions'
-    if name == 'easyvqa' or data.has_table(path) or data.has_table(path / split):
+    named = file or (path / 'classnames.txt').is_file() or any((path / split).glob('*.tar'))
+    nested = path.is_dir() and not named and data.tables_of(data.split_folder(path, split))
+    if name == 'easyvqa' or data.has_table(path) or data.has_table(path / split) or nested:
         found = captions_as_classes(name, split, caption_key)
     elif path.is_dir():
         found = (shards if any((path / split).glob('*.tar')) else image_folder)(path, split)
@@ -1330,7 +1337,7 @@ class Shards:
                         files[ending.lower()] = member.offset_data, member.size
         self.samples = list(found.items())
 
-    def read(self, number: int, endings: tuple[str, ...]) -> tuple[bytes, str]:
+    def read(self, number: int, endings: list[str]) -> tuple[bytes, str]:
         """(content, name) of the file of that sample which has one of the endings"""
         (tar, key), files = self.samples[number]
         ending = next((e for e in endings if e in files), None)
@@ -1342,11 +1349,11 @@ class Shards:
             return file.read(size), f'{tar}/{key}.{ending}'
 
     def image(self, number: int) -> Image.Image:
-        content, name = self.read(number, ('jpg', 'png', 'webp', 'jpeg'))
+        content, name = self.read(number, 'jpg png webp jpeg gif jfif avif bmp tif tiff'.split())
         return data.read_image(io.BytesIO(content), name)
 
     def item(self, number: int) -> tuple[Image.Image, int]:
-        content, name = self.read(number, ('cls',))
+        content, name = self.read(number, ['cls'])
         if not content.strip().removeprefix(b'-').isdigit():
             data.fail(f'{name}: {content[:20]!r} is no class number')
         return self.image(number), int(content)
@@ -1362,7 +1369,7 @@ def shards(path: Path, split: str) -> ClassSet:
 def image_folder(path: Path, split: str) -> ClassSet:
     """A folder for each class, in SPLIT/ where there is one; line i of classnames.txt names the i-th. Sorted
     as by torchvision's ImageFolder, or as numbers if all are (ImageNetV2); nothing that is hidden counts."""
-    root, find = data.split_folder(path, split), partial(glob, '**/*.*', recursive=True)
+    root, find = data.split_folder(path, split), partial(glob.glob, '**/*.*', recursive=True)
     names = sorted(p.name for p in root.iterdir() if p.is_dir() and p.name[0] != '.')
     names.sort(key=int if all(map(str.isdecimal, names)) else str)
     files = [(root / c / f, i) for i, c in enumerate(names) for f in sorted(find(root_dir=root / c))]
@@ -1416,7 +1423,7 @@ def caption_set(
     if any(folder.glob('*.tar')):
         tars, captions = Shards(folder), []
         for i in range(len(tars.samples)):
-            text, file = tars.read(i, ('txt',))
+            text, file = tars.read(i, ['txt'])
             with data.reading(f'cannot read {file}', 'captions in UTF-8'):
                 captions.append([c.strip() for c in text.decode('utf-8-sig').split('\n') if c.strip()])
             if not captions[-1]:
@@ -1476,7 +1483,7 @@ def vqa_set(name: str, split: str = 'test', annotations: str = '', image_root: s
             number, image = f'{q["question_id"]}', q['image_id']
             if isinstance(image, int):  # of COCO, whose folders are called val2014, …
                 image = f'COCO_{content.get("data_subtype") or root.resolve().name}_{image:012d}'
-            file = data.inside(root, image if Path(image).suffix else f'{image}.jpg')
+            file = data.inside(image_root, image if Path(image).suffix else f'{image}.jpg')
             found.append(Question(file, q['question'] + SHORT, q.get('answers'), number, ('maybe', 'Word')))
     return found
 
@@ -1492,7 +1499,7 @@ def pope_set(name: str, split: str = 'test', image_root: str = '') -> list[Quest
     with data.reading(f'--data {name}', '{"question_id", "image", "text", "label": "yes" | "no"} a line'):
         lines = data.read_text(Path(name), f'--data {name}').split('\n')
         for q in map(data.from_json, filter(str.strip, lines)):
-            number, image = f'{q["question_id"]}', data.inside(Path(image_root), q['image'])
+            number, image = f'{q["question_id"]}', data.inside(image_root, q['image'])
             if 'label' not in q:
                 file = data.inside(Path(name).parent, f'coco_pope_{q["category"]}.json')
                 if file not in labelled:
@@ -1539,7 +1546,7 @@ def reference_set(name: str, split: str = 'test', image_root: str = '') -> tuple
         rows = [(root / f'{i}.png', data.describe(*of), f'{i}', of) for i, of in facts.items()]
         found = [Question(file, data.CAPTION_QUESTION, texts, n, facts=of) for file, texts, n, of in rows]
         return found, split
-    content, root, of = data.read_json(Path(name), '--data'), Path(image_root), {}
+    content, of = data.read_json(Path(name), '--data'), {}
     with data.reading(f'--data {name}', "Karpathy's dataset_*.json or COCO's captions_*.json"):
         if 'annotations' in content:
             split = ''
@@ -1552,7 +1559,9 @@ def reference_set(name: str, split: str = 'test', image_root: str = '') -> tuple
             files = [f'{Path(i.get("filepath", ""), i["filename"])}' for i in images]
             texts = [[sentence['raw'] for sentence in i['sentences']] for i in images]
             rows = zip(files, texts, [i['filename'] for i in images])
-        found = [Question(data.inside(root, f), data.CAPTION_QUESTION, texts, n) for f, texts, n in rows]
+        found = [
+            Question(data.inside(image_root, f), data.CAPTION_QUESTION, texts, n) for f, texts, n in rows
+        ]
     if not found:
         there = {i.get('split', 'images, but no captions') for i in content['images']}
         said = f'no image of --split {split or "–"}; it has {", ".join(sorted(there)) or "none"}'
@@ -1662,9 +1671,7 @@ def keep(report: dict, run: Path, args) -> None:
 
 def identity(args) -> list:
     """What a measurement is known by: its settings, and where its data are."""
-    no_settings = (
-        'run dirs data transfer_from json plot grid quiet batch_size device rank world kept parent'.split()
-    )
+    no_settings = 'run dirs data transfer_from json plot grid quiet batch_size device rank world kept'.split()
     settings = {key: value for key, value in vars(args).items() if key not in no_settings}
     used = [*args.data, *(args.dirs + args.transfer_from if args.command == 'audit' else [])]
     return [settings, sorted({os.path.realpath(p) if os.path.exists(p) else p for p in used})]
@@ -1682,7 +1689,7 @@ def write_card(run: Path) -> None:
     text = file.read_bytes().decode('utf-8')  # with the line ends that it has
     if not re.match(r'---\r?\n.*?\n---', text, re.DOTALL):
         data.fail(f'{file} has no header in YAML, so it can show no results')
-    updates = data.updates_of(run)
+    updates = data.settings_of(run).get('updates')
     for measured in sorted((run / 'eval').glob('*.json')):
         report = data.read_json(measured, str(run))
         if report.get('updates') == updates:
@@ -1833,13 +1840,11 @@ def main(args: argparse.Namespace) -> int:
     """Runs the command; returns the exit code."""
     begin = time.time()
     args.rank, args.world, args.device = data.start_processes(hours=168)  # one may have the harder images
-    heard = [n for n in data.STOPS if signal.getsignal(n) != signal.SIG_IGN]
-    args.parent = os.getppid()
-    handlers, args.kept = {n: signal.signal(n, stop) for n in heard}, Kept(args)
+    handlers, args.kept = data.hear(stop), Kept(args)
     try:
-        runs = [p for p in map(Path, args.dirs) if data.is_run(p) and args.command != 'show']
+        runs = [p for p in map(Path, args.dirs) if data.settings_of(p) and args.command != 'show']
         say_what_was_trained_on(args, runs)
-        updates = {run: data.updates_of(run) for run in runs}  # now: a training may save others meanwhile
+        updates = {run: data.settings_of(run).get('updates') for run in runs}  # now: it may train meanwhile
         report = {'command': shlex.join(['python', 'eval.py', *sys.argv[1:]]), 'commit': data.commit()}
         found = args.run(args)
         report |= {'versions': data.versions(), 'device': str(args.device), 'processes': args.world}

@@ -373,10 +373,11 @@ def main(cfg: Config, given: set[str]) -> None:
     """Trains.   given: names of the settings that the user chose; data.parse makes both"""
     rank, world, device = data.start_processes(hours=2)  # rank 0 may have an LLM to train
     state, cfg = data.open_run(cfg, given)
+    cfg.dtype = cfg.dtype or ('bfloat16' if device.type == 'cuda' and cfg.lora_r else 'float32')
     check_config(cfg, given, world)
     first_step = state['step'] if state else 0
     plan = sub_stages(cfg)
-    model, tokenizer = build(cfg, state, rank, device)
+    model, tokenizer = build(cfg, state, rank)
     known_by = {'--llm': {'weights': fingerprint(model.llm)}}  # before any of it is trained
     plan = [check_samples(cfg, stage, model, tokenizer) for stage in plan]
     for sub, chats, *_ in plan:
@@ -579,9 +580,9 @@ def chat(cfg: Config, given: set[str]) -> None:
 
 # ================ below: the tiny language model, a model's files; nothing of the method is hidden here
 # --------------------------------------------------------------------------------------------- making a model
-def build(cfg: Config, state: dict | None, rank: int, device) -> tuple[LLaVA, data.LLMTokenizer]:
+def build(cfg: Config, state: dict | None, rank: int) -> tuple[LLaVA, data.LLMTokenizer]:
     """The image tower of --init (or the checkpoint), the LLM of --llm, a new projector; or a whole LLaVA."""
-    dtype = getattr(torch, cfg.dtype or ('bfloat16' if device.type == 'cuda' and cfg.lora_r else 'float32'))
+    dtype = getattr(torch, cfg.dtype)
     if is_llava(cfg.init):
         model, tokenizer = load_llava(cfg.init, dtype)
     else:
@@ -923,7 +924,7 @@ def load_llava(path: str, dtype: torch.dtype = torch.float32) -> tuple[LLaVA, da
         return load_adapters(place, dtype)
     if (kind := data.model_type(place)) != 'llava':
         clip = (place / 'open_clip_config.json').is_file() or kind == 'clip'
-        unfinished = ', but a run that has not ended: go on with --resume' if data.is_run(place) else ''
+        unfinished = ', but a run that has not ended: go on with --resume' if data.settings_of(place) else ''
         data.fail(f'{path} is no LLaVA directory{", which is a CLIP" if clip else unfinished}')
     file = place / 'config.json'
     config = data.read_json(file, path)

@@ -80,8 +80,9 @@ def test_results_of_other_weights_are_left_out(run, tmp_path, monkeypatch):
         assert len(shown(place)) == 3
     (run / 'train_state.pt').unlink()  # as for publishing: the exported model is what was measured
     evaluate('zeroshot', run, '--n', 3, '--attack', 'none', '--split', 'val')
-    assert len(shown(run)) == 6 and {report['updates'] for report in kept(run)} == {data.updates_of(run)}
-    monkeypatch.setattr(data, 'updates_of', lambda path: 7)
+    about = data.settings_of(run)
+    assert len(shown(run)) == 6 and {report['updates'] for report in kept(run)} == {about['updates']}
+    monkeypatch.setattr(data, 'settings_of', lambda path: about | {'updates': 7})
     evaluate('retrieval', run, '--n', 4, '--attack', 'none')
     assert [report['updates'] for report in kept(run)][0] == 7 and len(kept(run)) == 3
     assert all('R@' in name for *_, name in shown(run))
@@ -93,7 +94,8 @@ def test_evaluations_that_end_at_once(run, capsys):
     def end(seed):
         args = evaluation.parse(['zeroshot', str(run), '--seed', str(seed)])
         rows = [evaluation.row(evaluation.about(args, str(run), 0.0), f'measure {seed}', [True, False])]
-        evaluation.keep({'rows': rows, 'outcomes': [], 'updates': data.updates_of(run)}, run, args)
+        updates = data.settings_of(run)['updates']
+        evaluation.keep({'rows': rows, 'outcomes': [], 'updates': updates}, run, args)
 
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
         list(pool.map(end, range(24)))

@@ -306,7 +306,7 @@ def test_sqa_command(whole, tmp_path, capsys):
         (['vqa', '{run}', '--questions', 'why'], 'must be among what'),
         (['vqa', '{clip}'], 'is no LLaVA'),
         (['pope', '{run}', '--data', 'nowhere'], '--data nowhere'),
-        (['caption', '{run}', '--grid', 'nowhere/x.png'], 'no folder nowhere'),
+        (['caption', '{run}', '--targeted', 'a', '--grid', 'nowhere/x.png'], 'no folder nowhere'),
         (['sqa', '{run}'], '--data'),
         (['vqa', '{run}', '--iterations', '0'], '--iterations 0'),
     ],

@@ -189,8 +189,9 @@ def test_a_flipped_bit_is_noticed(tmp_path):
 @pytest.mark.parametrize(
     'damage, message',
     [
-        (lambda s: [s], 'cannot read .*TypeError'),
-        (lambda s: {k: v for k, v in s.items() if k != 'step'}, "cannot read .*KeyError.*'step'"),
+        (lambda s: [s], 'cannot read .*no checkpoint of this version'),
+        (lambda s: {**s, 'step': None}, 'cannot read .*no checkpoint of this version'),
+        (lambda s: {'model': s['model']}, 'cannot read .*no checkpoint of this version'),
         (lambda s: {**s, 'step': 'five'}, 'cannot read .*no checkpoint of this version'),
         (lambda s: {**s, 'config': None}, 'cannot read .*no checkpoint of this version'),
         (lambda s: {**s, 'step': 10**9}, 'after update 1000000000 of 6'),
@@ -372,7 +373,7 @@ def test_nobody_reads_the_output(trained, pairs, tmp_path, command):
 def test_a_stopped_evaluation_goes_on(trained, tmp_path, signal_number, monkeypatch, capsys):
     """With what was measured so far, and to the same result; retrieval's outcomes are the largest."""
     command = 'retrieval' if signal_number == signal.SIGTERM else 'zeroshot'
-    words = [command, str(trained), '--n', '40', '--eps', '4', '--attack', 'pgd', '--batch_size', '2']
+    words = [command, str(trained), '--n', '40', '--eps', '4', '--attack', 'pgd', '--batch_size', '16']
     whole = report(words, tmp_path / 'whole.json')
     judge, judged = evaluation.ZeroShot.judge, []
     before = signal.signal(signal_number, signal.SIG_DFL)  # nohup ignores SIGHUP, and so do we
@@ -384,6 +385,7 @@ def test_a_stopped_evaluation_goes_on(trained, tmp_path, signal_number, monkeypa
         return judge(task, images, eps)
 
     monkeypatch.setattr(evaluation.ZeroShot, 'judge', stopping)
+    monkeypatch.setattr(evaluation.ZeroShot, 'pool', 16)
     code = evaluation.main(evaluation.parse([*words, '--quiet', '--json', str(tmp_path / 'part.json')]))
     signal.signal(signal_number, before)
     assert code == 128 + signal_number

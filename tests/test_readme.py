@@ -1,8 +1,9 @@
-"""README's tables are what lies in results/."""
+"""README: its tables are what lies in results/, its links lead to the lines that they name."""
 
 import json
 import re
 
+import pytest
 from conftest import ROOT
 
 
@@ -34,3 +35,27 @@ def test_tables_are_what_was_measured():
         assert ' → '.join(measured(f'{model}/caption.json', 'both', **own)) == facts
         found = measured(f'{model}/targeted.json', 'forced')[1:]
         assert ', '.join(f'{float(share):.0f}' for share in found) in (forced, '')
+
+
+@pytest.mark.parametrize(
+    'text, file, line',
+    [
+        ('attacks.py:pgd', 'attacks.py', 'def pgd('),
+        ('clip_adv.py:main', 'clip_adv.py', 'def main('),
+        ('Encode the captions', 'clip_adv.py', '# 1. Encode the text once'),
+        ('gather', 'clip_adv.py', 'def gather('),
+        ('Attack the images', 'clip_adv.py', '# 2. Attack the images'),
+        ('InfoNCE', 'clip_adv.py', 'def info_nce('),
+        ('Update the weights', 'clip_adv.py', '# 3. Update the weights'),
+        ('The attack grows', 'clip_adv.py', 'def attack_at('),
+        ('llava_adv.py:main', 'llava_adv.py', 'def main('),
+        ('trains', 'llava_adv.py', 'def trainable('),
+        ('Attack the images', 'llava_adv.py', '# 1. Attack the images'),
+        ('tower', 'llava_adv.py', 'def embed('),
+        ('Update the weights', 'llava_adv.py', '# 2. Update the weights'),
+        ('`ensemble`', 'attacks.py', 'def ensemble('),
+    ],
+)
+def test_links_lead_to_what_they_name(text, file, line):
+    number = re.search(rf'\[{re.escape(text)}\]\({file}#L(\d+)\)', (ROOT / 'README.md').read_text())[1]
+    assert line in (ROOT / file).read_text().splitlines()[int(number) - 1]

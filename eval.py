@@ -721,7 +721,7 @@ def ask(args, path: str, questions: list['Question'], numbers: list[int], **how)
 def quiz(args, title: str, questions: list['Question'], groups: dict[str, list[int]], score) -> Report:
     """groups: name → numbers of questions, --n of each are drawn.  score: (answer, references) → [0, 1]"""
     for group, of in groups.items():
-        pairs = yes_and_no(questions, of) if group.startswith('yes/no') and args.n else []
+        pairs = yes_and_no(questions, of) if group[:6] == 'yes/no' and 0 < args.n < len(of) else []
         drawn = draw(pairs, max(args.n // 2, 1), args.seed) if pairs else draw(of, args.n, args.seed)
         groups[group] = sorted(sum(drawn, ())) if pairs else drawn
     if not all(groups.values()):

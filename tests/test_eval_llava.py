@@ -1,6 +1,7 @@
 """eval.py on LLaVA directories: the attack on answers, its commands; what changes no result."""
 
 import json
+from collections import Counter
 from dataclasses import replace
 
 import numpy as np
@@ -181,6 +182,18 @@ def test_towards(whole):
     _, _, images = worst(model, x, asked, 64 / 255, iterations=30)
     after = model.model(images, batch)
     assert ((after < before) | torch.tensor([torch.equal(a, b) for a, b in zip(images, x)])).all()
+
+
+@pytest.mark.parametrize('n', [20, 0])
+def test_yes_and_no_are_drawn_in_pairs(whole, tmp_path, n):
+    """An answer that is always the same is right in half of a sample as it is in half of the set."""
+    command = ['pope', whole, '--split', 'val', '--n', n, '--attack', 'none']
+    assert run(*command, '--json', tmp_path / 'a.json') == 0
+    asked = {q.name: q for q in evaluation.pope_set('easyvqa', 'val')}
+    answers = json.loads((tmp_path / 'a.json').read_text())['outcomes'][0]['answers']
+    assert len(answers) == (n or len(asked))
+    drawn = Counter((asked[name].text, asked[name].answers[0]) for name in answers)
+    assert all(drawn[text, 'yes'] == drawn[text, 'no'] for text, _ in drawn)
 
 
 def test_vqa_command(whole, tmp_path, capsys):

@@ -102,13 +102,14 @@ class Kept:
         beside = [Path(args.json)] if args.json else runs
         if not beside or args.run in (audit, show) or args.run is caption and args.grid:
             return
-        ends = ('.safetensors', '.bin', '.json', '.jinja', '.model', '.txt', '.py')
-        used = [file for p in [Path(__file__).parent, *args.dirs] for file in sorted(Path(p).glob('*.*'))]
-        used = [file for file in used if file.suffix in ends]
-        flags = ('classnames', 'templates', 'annotations')
-        used += [Path(getattr(args, flag, '')) for flag in flags]
-        used += [path for name in args.data for path in (Path(name), Path(name, args.split))]
-        stamps = [file.stat().st_mtime_ns for file in used if file.exists()]
+        ends = ('.safetensors', '.bin', '.json', '.jinja', '.model', '.txt')
+        used = [file for p in args.dirs for file in Path(p).glob('*.*') if file.suffix in ends]
+        used += [Path(name, part) for name in args.data for part in ('', args.split)]
+        used += [
+            Path(getattr(args, flag, '') or 'none') for flag in ('classnames', 'templates', 'annotations')
+        ]
+        used += Path(__file__).parent.glob('*.py')
+        stamps = sorted(file.stat().st_mtime_ns for file in used if file.exists())
         same = digest([args.dirs, *identity(args), stamps])
         self.file = beside[0].with_name(f'{beside[0].name}_{same}.partial')
 

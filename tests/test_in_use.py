@@ -373,6 +373,7 @@ def test_nobody_reads_the_output(trained, pairs, tmp_path, command):
 def test_a_stopped_evaluation_goes_on(trained, tmp_path, signal_number, monkeypatch, capsys):
     """With what was measured so far, and to the same result; retrieval's outcomes are the largest."""
     command = 'retrieval' if signal_number == signal.SIGTERM else 'zeroshot'
+    monkeypatch.chdir(tmp_path)
     words = [command, str(trained), '--n', '40', '--eps', '4', '--attack', 'pgd', '--batch_size', '16']
     whole = report(words, tmp_path / 'whole.json')
     judge, judged = evaluation.ZeroShot.judge, []
@@ -386,12 +387,12 @@ def test_a_stopped_evaluation_goes_on(trained, tmp_path, signal_number, monkeypa
 
     monkeypatch.setattr(evaluation.ZeroShot, 'judge', stopping)
     monkeypatch.setattr(evaluation.ZeroShot, 'pool', 16)
-    code = evaluation.main(evaluation.parse([*words, '--quiet', '--json', str(tmp_path / 'part.json')]))
+    code = evaluation.main(evaluation.parse([*words, '--quiet', '--json', 'part.json']))
     signal.signal(signal_number, before)
     assert code == 128 + signal_number
     assert f'{signal_number.name}: stopped; what was measured is kept' in capsys.readouterr().out
     assert not (tmp_path / 'part.json').exists()
-    again = report(words, tmp_path / 'part.json')
+    again = report(words, data.Path('part.json'))
     assert len(judged) == 4 + 3  # 3 pools at 2 radii: what was judged is not judged again
     assert (again['rows'], again['outcomes']) == (whole['rows'], whole['outcomes'])
     assert not list(tmp_path.glob('*.partial*'))

@@ -1392,9 +1392,9 @@ def write_settings(cfg, updates: int = 0) -> dict:
 
 
 def hear(handler) -> dict:
-    """Of the signals that end a program; but nohup has SIGHUP ignored. Returns the handlers before."""
-    stops = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    return {n: signal.signal(n, handler) for n in stops if signal.getsignal(n) != signal.SIG_IGN}
+    """Of the signals that end a program, SIGHUP unless nohup has it ignored. Returns the handlers before."""
+    hangup = [signal.SIGHUP] if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN else []
+    return {n: signal.signal(n, handler) for n in (signal.SIGINT, signal.SIGTERM, *hangup)}
 
 
 def step_of(line: str) -> float:

@@ -299,7 +299,7 @@ def ranks(logits, x: Tensor, y: Tensor, batch_size: int) -> list[int]:
     for rows in torch.arange(len(x), device=x.device).split(batch_size):
         z, label = logits(x[rows], rows), y[rows, None]
         right, before = z.gather(1, label), torch.arange(z.shape[1], device=x.device) < label
-        found += ((z > right) | (z == right) & before).sum(1).tolist()
+        found += ((z > right) | (z == right) & before | z.isnan()).sum(1).tolist()
     return found
 
 

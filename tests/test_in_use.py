@@ -305,6 +305,7 @@ def wait_for(condition, seconds=120):
     assert condition()
 
 
+@pytest.mark.slow
 def test_workers_end_with_their_launcher(tmp_path, pairs):
     """torchrun is killed: its processes save and end, and the run can be continued."""
     out = tmp_path / 'run'

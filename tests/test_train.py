@@ -294,7 +294,7 @@ def test_non_finite_loss_stops_and_keeps_the_checkpoint(tmp_path):
         (dict(eps_from=0.5, eps_to=0.2), '--eps_from 0.5'),
         (dict(lr=0), '--lr 0'),
         (dict(data='nowhere'), '--data nowhere: no such folder'),
-        (dict(tokenizer='nowhere'), 'cannot read --tokenizer nowhere'),
+        (dict(tokenizer='nowhere'), '--tokenizer: cannot read nowhere'),
         (dict(holdout='pink circle'), '--holdout pink circle'),
         (dict(save_every=0), '--save_every 0'),
         (dict(context=2), '--context must be at least 3'),
@@ -343,7 +343,7 @@ def test_an_image_that_does_not_decode_is_named(tmp_path):
     train(out=tmp_path / 'good', data=tmp_path, steps=2)  # a folder trains
     (tmp_path / '5.png').write_bytes(b'')
     for workers in (0, 1):
-        with pytest.raises(SystemExit, match='error: .*5.png.*nothing was saved yet. Put the image back'):
+        with pytest.raises(SystemExit, match='error: .*5.png.*nothing was saved yet. With the same file'):
             train(out=tmp_path / f'bad{workers}', data=tmp_path, steps=2, workers=workers)
 
 

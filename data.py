@@ -1330,7 +1330,7 @@ def open_run(cfg, given: set[str]) -> tuple[dict | None, object]:
     if unknown := sorted(set(old) - known):
         fail(f'--resume: the run in {out} is not of this stage, or of another version: it has --{unknown[0]}')
     for name in (given if cfg.resume else known) & set(old) - FREE_ON_RESUME:  # restarted: it is this run
-        if getattr(cfg, name) not in (old[name], None):
+        if getattr(cfg, name) not in (old[name], None, ''):  # these are filled in
             fail(f'--{name} {getattr(cfg, name)}: the run in {out} has {old[name]}; leave it out to continue')
     kept = {name: value for name, value in old.items() if name not in given | {'out', 'resume'}}
     cfg = replace(cfg, **kept, resume=False)

@@ -168,6 +168,16 @@ def test_easyvqa_with_its_augmentation_is_resumed(parts, tmp_path):
     assert_same_state(state(tmp_path / 'run'), state(tmp_path / 'whole'))
 
 
+def test_torchrun_restarts_it(parts, tmp_path, monkeypatch):
+    """With the command that began it, in which what depends on the machine is not filled in."""
+    train(parts, out=tmp_path, steps_b=1)
+    before = state(tmp_path)
+    assert before['config']['dtype'] == 'float32'
+    monkeypatch.setenv('TORCHELASTIC_RESTART_COUNT', '1')
+    train(parts, out=tmp_path, steps_b=1)
+    assert_same_state(state(tmp_path), before)
+
+
 def test_resume_with_another_llm(parts, whole, tmp_path):
     out = tmp_path / 'run'
     train(parts, out=out, steps_b=1)

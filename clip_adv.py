@@ -385,11 +385,9 @@ def main(cfg: Config, given: set[str]) -> None:
             run.log(step + 1, cfg.batch_size, bar, **row, attack_ms=attack_ms, train_ms=train_ms)
         signal = run.asked_to_stop()
         if signal or (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps:
-            weights = {'model': model.state_dict(), 'optimizer': optimizer.state_dict()}
+            weights = {'model': model.state_dict(), 'optimizer': optimizer.state_dict(), 'data': known_by}
             model_cfg = open_clip_config(model.cfg, model.preprocess)
-            run.save(
-                step + 1, {**weights, **model_cfg, 'tokenizer': tokenizer.backend.to_str(), 'data': known_by}
-            )
+            run.save(step + 1, {**weights, **model_cfg, 'tokenizer': tokenizer.backend.to_str()})
             export(step + 1)
         if signal:
             run.leave(step + 1, signal)

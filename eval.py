@@ -105,9 +105,8 @@ class Kept:
         ends = ('.safetensors', '.bin', '.json', '.jinja', '.model', '.txt')
         used = [file for p in args.dirs for file in Path(p).glob('*.*') if file.suffix in ends]
         used += [Path(name, part) for name in args.data for part in ('', args.split)]
-        used += [
-            Path(getattr(args, flag, '') or 'none') for flag in ('classnames', 'templates', 'annotations')
-        ]
+        flags = ('classnames', 'templates', 'annotations')
+        used += [Path(getattr(args, flag, '') or 'none') for flag in flags]
         used += Path(__file__).parent.glob('*.py')
         stamps = sorted(file.stat().st_mtime_ns for file in used if file.exists())
         same = digest([args.dirs, *identity(args), stamps])
@@ -1560,9 +1559,8 @@ def reference_set(name: str, split: str = 'test', image_root: str = '') -> tuple
             files = [f'{Path(i.get("filepath", ""), i["filename"])}' for i in images]
             texts = [[sentence['raw'] for sentence in i['sentences']] for i in images]
             rows = zip(files, texts, [i['filename'] for i in images])
-        found = [
-            Question(data.inside(image_root, f), data.CAPTION_QUESTION, texts, n) for f, texts, n in rows
-        ]
+        rows = [(data.inside(image_root, file), texts, number) for file, texts, number in rows]
+        found = [Question(file, data.CAPTION_QUESTION, texts, number) for file, texts, number in rows]
     if not found:
         there = {i.get('split', 'images, but no captions') for i in content['images']}
         said = f'no image of --split {split or "–"}; it has {", ".join(sorted(there)) or "none"}'

@@ -651,7 +651,7 @@ def check_config(cfg: Config, given: set[str], world: int) -> None:
     least |= dict(lr_projector=0, lr_tower=0, wd=0, workers=0, max_bad=0)
     least |= dict(lora_r=0, lora_dropout=0, warmup=0, turns=1, max_length=2, log_every=1, save_every=1)
     for name, bound in least.items():
-        if not getattr(cfg, name) >= bound:  # nor is nan
+        if getattr(cfg, name) < bound:
             data.fail(f'--{name} {getattr(cfg, name)}: must be at least {bound}')
     for steps, name in ((cfg.steps_a, 'batch_a'), (cfg.steps_b, 'batch_size')):
         if steps and getattr(cfg, name) % world:

@@ -1786,7 +1786,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         more = {'batch_size': 128} if torch.cuda.is_available() and not llava else {}
         for flag, default in {**EVERY, **more, **defaults}.items():
             first = default[0] if isinstance(default, list) and default else default
-            shown = ' '.join(map(str, default)) if isinstance(default, list) else f'{default or ""}'
+            shown = [] if default in (None, '') or default is False else default
+            shown = ' '.join(map(str, shown if isinstance(shown, list) else [shown]))
             text = HELP[flag] + (f' (default: {shown})' if shown else '')
             how = {'default': default, 'help': text, 'required': default is None}
             if isinstance(default, bool):

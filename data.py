@@ -73,15 +73,20 @@ def fail(message: str) -> typing.NoReturn:
     raise SystemExit(f'error: {message}')
 
 
+def said_by(e: BaseException) -> str:
+    """Its message, without torch's advice how to load what it has just refused."""
+    return str(e).partition(' In PyTorch')[0]
+
+
 @contextlib.contextmanager
 def reading(what: str, expected: str):
     """An error in here, of whatever kind, ends the program; the message says what was read and expected."""
     try:
         yield
-    except BaseException as e:  # libraries raise many kinds; torch goes on with how to load what it refused
+    except BaseException as e:  # libraries raise many kinds, bare ones among them
         if not (isinstance(e, Exception) or type(e).__name__ == 'PanicException'):  # of Rust
             raise
-        fail(f'{what}: {type(e).__name__}: {str(e).partition(" In PyTorch")[0][:400]}; expected {expected}')
+        fail(f'{what}: {type(e).__name__}: {said_by(e)[:400]}; expected {expected}')
 
 
 def read_text(file: Path, what: str) -> str:
@@ -874,7 +879,7 @@ class LLMTokenizer:
         tokens = {'bos_token': self.bos_token or '', 'eos_token': self.eos_token, 'raise_exception': refuse}
         text, left, traced = io.StringIO(), iter(range(5_000_000)), sys.gettrace()
         try:
-            if template != V1_TEMPLATE:
+            if template not in (V1_TEMPLATE, SHORT_TEMPLATE):  # ours end, and are rendered for every sample
                 sys.settrace(step)  # a sandbox does not end what is endless
             made = compiled_template(template).generate
             text.writelines(made(tokens, messages=messages, add_generation_prompt=add_generation_prompt))
@@ -1356,8 +1361,7 @@ def load_state(out: Path) -> dict | None:
                 print(f'warning: {broken[0]}; going on from the one before, {file}', file=sys.stderr)
             return state
         except Exception as e:
-            said = str(e).partition(' In PyTorch')[0][:100]  # what follows there is bad advice
-            broken.append(f'cannot read {file} ({type(e).__name__}: {said!r})')
+            broken.append(f'cannot read {file} ({type(e).__name__}: {said_by(e)[:100]!r})')
     if broken:
         fail(f'{"; ".join(broken)}: nothing is left to resume; start again in another --out')
 

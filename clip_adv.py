@@ -640,8 +640,10 @@ def check_config(cfg: Config, world: int) -> None:
     for name in ('eps_from', 'eps_to', 'k_from', 'warmup'):
         if not 0 <= getattr(cfg, name) <= 1:
             data.fail(f'--{name} {getattr(cfg, name):g}: must be a fraction of the run, 0 … 1')
-    if not 0 <= cfg.beta2 < 1 or min(cfg.wd, cfg.workers) < 0:
-        said = f'--beta2 {cfg.beta2:g} --wd {cfg.wd:g} --workers {cfg.workers}'
+    if not 0 <= cfg.beta2 < 1 or min(cfg.wd, cfg.workers, cfg.micro_batch) < 0:
+        said = (
+            f'--beta2 {cfg.beta2:g} --wd {cfg.wd:g} --workers {cfg.workers} --micro_batch {cfg.micro_batch}'
+        )
         data.fail(f'{said}: must be in 0 … 1 (below 1), and the others not negative')
     if cfg.eps_from > cfg.eps_to:
         data.fail(f'--eps_from {cfg.eps_from:g} --eps_to {cfg.eps_to:g}: the ramp ends before it begins')
@@ -905,6 +907,10 @@ def arithmetic(cfg: Config, pairs: data.Pairs, model: CLIP, tokenizer: data.Toke
     warning = f'\nwarning: {cut} captions are cut at {tokenizer.context} tokens; see --context' if cut else ''
     size = f'CLIP with {n:.2f} M parameters at {model.visual.size} px, {tokenizer.vocab_size} token ids'
     share = f'global batch {cfg.batch_size} = {world} process{"es" * (world > 1)} × {cfg.batch_size // world}'
+    if cfg.micro_batch:
+        k = cfg.k if cfg.eps else 0
+        costs = f'an update costs {(3 * k + 4) / 3:.2f} clean steps instead of {(2 * k + 3) / 3:.2f}'
+        share += f', {cfg.micro_batch} at a time: {costs}'
     epochs = f'{cfg.steps} updates = {cfg.steps * cfg.batch_size / len(pairs):.1f} epochs of {len(pairs)}'
     return f'{pairs.note}{warning}\n{size}\n{share}; {attack_text(cfg)}; {epochs}'
 

@@ -1250,8 +1250,8 @@ def versions() -> dict[str, str]:
 
 # ---------------------------------------------------------------------------------------------- run directory
 STATE = {'step': int, **dict.fromkeys(('config', 'model', 'optimizer', 'data'), dict)}  # of a checkpoint
-# settings that change no result
-FREE_ON_RESUME = set('out resume workers compile log_every save_every chat max_bad'.split())
+# settings that change no result, but for rounding
+FREE_ON_RESUME = set('out resume workers compile micro_batch log_every save_every chat max_bad'.split())
 
 
 def write(path: Path, content, kept_as: str = '') -> None:

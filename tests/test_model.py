@@ -1,6 +1,7 @@
 """The model against open_clip's, with copied random weights: values, input gradients, loss, files."""
 
 import json
+import weakref
 from pathlib import Path
 
 import open_clip
@@ -9,7 +10,9 @@ import torch
 from conftest import TINY, flags
 from open_clip.model import CLIP as OpenCLIP
 from open_clip.model import resize_pos_embed
+from torch.utils.flop_counter import FlopCounterMode
 
+import attacks
 import clip_adv
 import data
 
@@ -104,6 +107,100 @@ def test_info_nce_by_hand():
     expected = torch.log1p(torch.exp(torch.tensor(-1.0)))
     torch.testing.assert_close(clip_adv.info_nce(eye, eye, torch.tensor(0.0)), expected)
     torch.testing.assert_close(clip_adv.info_nce(eye, eye.flip(0), torch.tensor(0.0)), expected + 1)
+
+
+# ------------------------------------------------------------------------ a batch in parts; what a step costs
+def adversarial_step(model, x, tokens, micro_batch):
+    """(adversarial images, gradients by name), of the update on them"""
+    model.zero_grad()
+    text = model.encode_text(tokens, micro_batch)
+    fixed, scale = text.detach(), model.logit_scale.detach()
+
+    def loss_of(images):
+        return clip_adv.info_nce(model(images, micro_batch), fixed, scale, micro_batch)
+
+    with clip_adv.frozen(model.visual):
+        x_adv = attacks.pgd(loss_of, x, 8 / 255, 6 / 255, 2)
+    clip_adv.info_nce(model(x_adv, micro_batch), text, model.logit_scale, micro_batch).backward()
+    return x_adv, {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize('micro_batch', [1, 3, 4, 8])
+def test_micro_batches_make_the_step_of_the_whole_batch(micro_batch):
+    """The attacked images, and every gradient to 1e-5, that of the logit scale included.
+
+    open_clip's --accum-freq K puts the loss of the whole batch behind each of its K parts. The towers get
+    their gradient once, through the part that has one; the logit scale gets it K times: 2.0, 3.0 and 4.0
+    times too large for K = 2, 3, 4. Its loop is written out below, and measured."""
+    model = built(VARIANTS['vanilla'])
+    x, tokens = batch(VARIANTS['vanilla'], n=8)
+    whole, gradients = adversarial_step(model, x, tokens, 0)
+    parts, gradients2 = adversarial_step(model, x, tokens, micro_batch)
+    assert (whole - x).abs().max() > 7.9 / 255
+    assert ((whole - parts).abs() > 1e-6).float().mean() < 1e-3  # a sign may flip where the gradient is 0
+    for name, g in gradients.items():
+        assert (g - gradients2[name]).norm() <= 1e-5 * g.norm(), name
+
+    model.zero_grad()
+    with torch.no_grad():
+        image, text = model(whole), model.encode_text(tokens)
+    of_parts = list(zip(*(v.split(micro_batch) for v in (whole, tokens, image, text))))
+    for i, (images, captions, *_) in enumerate(of_parts):
+        rows = [list(column) for column in list(zip(*of_parts))[2:]]
+        rows[0][i], rows[1][i] = model(images), model.encode_text(captions)
+        open_clip.ClipLoss()(*map(torch.cat, rows), model.logit_scale.exp()).backward()
+    times = (model.logit_scale.grad / gradients['logit_scale']).item()
+    assert times == pytest.approx(len(of_parts), rel=1e-4)
+    of_tower = gradients['visual.proj']
+    assert (model.visual.proj.grad - of_tower).norm() <= 1e-4 * of_tower.norm()
+
+
+def test_micro_batches_hold_the_activations_of_one():
+    """Of what a block computes, no more than one part's is alive at any time, in attack and update."""
+    model, alive, most = built(VARIANTS['vanilla']), [], []
+    x, tokens = batch(VARIANTS['vanilla'], n=8)
+
+    def keep(module, args, output):
+        alive.append((len(output), weakref.ref(output.untyped_storage())))
+        most.append(sum(n for n, memory in alive if memory() is not None))
+
+    layers = model.visual.transformer.resblocks[0].mlp.c_fc, model.transformer.resblocks[0].mlp.c_fc
+    for layer in layers:
+        layer.register_forward_hook(keep)
+    adversarial_step(model, x, tokens, 2)
+    # 4 parts, each twice: of the text, of 2 attack steps, of the update
+    assert len(most) == 4 * 2 * 4 and max(most) == 2
+    most.clear()
+    adversarial_step(model, x, tokens, 0)
+    assert len(most) == 4 and max(most) == 16  # of images and texts
+
+
+@pytest.mark.parametrize('compiled', [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize('layers, width, k', [(3, 64, 2), pytest.param(12, 384, 3, marks=pytest.mark.slow)])
+def test_flops_of_an_adversarial_step(layers, width, k, compiled):
+    """An attack step is a forward pass and the gradient of the pixels, two thirds of a clean step: what is
+    beyond (2K + 3) / 3 clean steps is the gradient of the pixels in the update, of the first layer alone."""
+    cfg = clip_adv.ClipCfg(clip_adv.VisionCfg(32, 4, width, layers, 32), embed_dim=64)
+    with clip_adv.seeded(0):
+        tower, x = clip_adv.ViT(cfg, clip_adv.Preprocess()), torch.rand(2, 3, 32, 32)
+    if compiled:
+        tower.compile(backend='aot_eager')  # the graphs of torch.compile, run op by op, so that they count
+
+    def update(images):
+        tower(images).square().sum().backward()
+
+    def adversarial():
+        with clip_adv.frozen(tower):
+            images = attacks.pgd(lambda z: tower(z + 0).square().sum(), x, 8 / 255, 6 / 255, k)
+        update(images)
+
+    def flops(step):
+        step()  # compiles
+        with FlopCounterMode(display=False) as counter:
+            step()
+        return counter.get_total_flops()
+
+    assert 0.95 <= flops(adversarial) / flops(lambda: update(x)) / ((2 * k + 3) / 3) <= 1.01
 
 
 def test_frozen_restores():

@@ -55,13 +55,16 @@ def relative(a, b):
 
 
 # -------------------------------------------------------------------------------------------------- processes
+@pytest.mark.parametrize('micro_batch', [0, pytest.param(2, marks=pytest.mark.slow)])
 @pytest.mark.parametrize('processes', [2, pytest.param(4, marks=pytest.mark.slow)])
-def test_processes_make_the_step_of_one(tmp_path, processes):
-    """The whole adversarial step on 1 and on several processes, same global batch: gradients agree to 1e-5,
-    images to the bit."""
+def test_processes_make_the_step_of_one(tmp_path, processes, micro_batch):
+    """The whole adversarial step on 1 and on several processes (which may split their shares), same global
+    batch: gradients agree to 1e-5, images to the bit."""
     settings = dict(TINY, steps=1, grad_clip=1e9)
     execute([sys.executable, str(ONE_STEP), str(tmp_path / 'one'), *flags(**settings, out=tmp_path / 'r1')])
-    execute(torchrun(processes, ONE_STEP, str(tmp_path / 'many'), *flags(**settings, out=tmp_path / 'r2')))
+    settings |= dict(micro_batch=micro_batch, out=tmp_path / 'r2')
+    said = execute(torchrun(processes, ONE_STEP, str(tmp_path / 'many'), *flags(**settings)))
+    assert ('clean steps instead of' in said) == bool(micro_batch)
     one, *many = (
         torch.load(tmp_path / name, weights_only=True)
         for name in ('one.0', *(f'many.{r}' for r in range(processes)))

@@ -1,14 +1,18 @@
 """Speed of the adversarial training step of stage 1, beside the same step written with open_clip:
-`python tests/bench_train.py`
+`python tests/bench_train.py [TURNS]`
 
-Both train the same architecture (clip_adv.py's defaults) on the same images with the same attack, take turns
-in one process, and are judged by the ratio in each turn: machines are noisy, ratios less so. "open_clip" is
-what a user would write: its model, its ClipLoss, a PGD loop with torch.autograd.grad around encode_image,
-text encoded once. A second line, from processes that take turns: glibc's allocator as it is, and as
-data.keep_freed_memory sets it.
+All train the same architecture (clip_adv.py's defaults) on the same images with the same attack. Each has a
+process of its own, as a user would start it; they take turns of a few steps, and are judged by the ratio in
+each turn: machines are noisy, ratios less so. First alone, then beside a process that keeps one core busy.
+
+"open_clip" is what a user would write: its model, its ClipLoss, a PGD loop with torch.autograd.grad around
+encode_image, text encoded once; threads and memory as torch has them. "PASSIVE" is the same with
+OMP_WAIT_POLICY set. The others are our step without something: with the whole last blocks and all padding,
+without data.keep_freed_memory, without an attack.
 """
 
 import functools
+import os
 import shlex
 import statistics
 import subprocess
@@ -23,7 +27,10 @@ import attacks
 import clip_adv
 import data
 
-EPS, ALPHA, K, STEPS, TURNS = 8 / 255, 6 / 255, 2, 12, 7
+EPS, ALPHA, K, STEPS = 8 / 255, 6 / 255, 2, 8
+DEFAULT_THREADS = {'GOMP_SPINCOUNT': '300000'}  # libgomp's own, where data.py would set another
+WAYS = {'ours': {}, 'open_clip': DEFAULT_THREADS, 'open_clip, PASSIVE': {'OMP_WAIT_POLICY': 'PASSIVE'}}
+WAYS |= {'ours, all tokens': {}, 'ours, memory as it is': {}, 'ours, clean': {}}
 
 
 def build():
@@ -39,16 +46,18 @@ def adamw(model):
     return torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
 
 
-def our_step(model, optimizer, x, tokens):
+def our_step(model, optimizer, x, tokens, k=K):
     text = model.encode_text(tokens)
 
     def loss_of(z):
         return clip_adv.info_nce(model(z), text.detach(), model.logit_scale.detach())
 
-    with clip_adv.frozen(model.visual):
-        noise = [data.generator(0, 'start', i) for i in range(len(x))]
-        x_adv = attacks.pgd(loss_of, x, EPS, ALPHA, K, attacks.random_start(x, EPS, noise))
-        attacks.check(x, x_adv, EPS)
+    x_adv = x
+    if k:
+        with clip_adv.frozen(model.visual):
+            noise = [data.generator(0, 'start', i) for i in range(len(x))]
+            x_adv = attacks.pgd(loss_of, x, EPS, ALPHA, k, attacks.random_start(x, EPS, noise))
+            attacks.check(x, x_adv, EPS)
     clip_adv.info_nce(model(x_adv), text, model.logit_scale).backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
@@ -74,57 +83,74 @@ def open_clip_step(model, optimizer, x, tokens, mean, std):
     optimizer.zero_grad()
 
 
-def images_per_s(step, n):
-    start = time.perf_counter()
-    for _ in range(STEPS):
-        step()
-    return STEPS * n / (time.perf_counter() - start)
+def all_tokens(transformer, x, causal=False, at=None):
+    """Transformer.forward as it was, all of the last block"""
+    for block in transformer.resblocks:
+        x = block(x, causal)
+    return x if at is None else clip_adv.pick(x, at)
+
+
+def work(way: str) -> None:
+    """One turn, STEPS steps, for each line that it reads; writes the images/s."""
+    model, x, tokens = build()
+    optimizer = adamw(model)
+    if way.startswith('open_clip'):
+        from open_clip.model import CLIP
+
+        theirs = CLIP(**clip_adv.open_clip_config(model.cfg, model.preprocess)['model_cfg'])
+        theirs.load_state_dict(model.state_dict())
+        mean_std = model.visual.mean, model.visual.std
+        step = functools.partial(open_clip_step, theirs, adamw(theirs), x, tokens, *mean_std)
+    else:
+        step = functools.partial(our_step, model, optimizer, x, tokens, 0 if 'clean' in way else K)
+        if 'memory' not in way:
+            data.keep_freed_memory()
+        if 'all tokens' in way:
+            clip_adv.Transformer.forward = all_tokens
+    step(), step()
+    for _ in sys.stdin:
+        start = time.perf_counter()
+        for _ in range(STEPS):
+            step()
+        print(STEPS * len(x) / (time.perf_counter() - start), flush=True)
+
+
+def take_turns(workers: dict, turns: int, busy: int) -> None:
+    loops = [subprocess.Popen([sys.executable, '-c', 'while True: pass']) for _ in range(busy)]
+    found = {way: [] for way in workers}
+    try:
+        for turn in range(turns + 1):  # the first one does not count
+            for way, worker in workers.items():
+                worker.stdin.write('\n')
+                worker.stdin.flush()
+                images_per_s = float(worker.stdout.readline())
+                found[way] += [images_per_s] if turn else []
+    finally:
+        for loop in loops:
+            loop.kill()
+    print(f'beside {busy} busy processes; medians of {turns} turns (range; middle half)')
+    for way, values in found.items():
+        ratios = sorted(ours / value for ours, value in zip(found['ours'], values, strict=True))
+        low, median, high = statistics.quantiles(ratios, n=4)
+        spread = f'({ratios[0]:.2f} … {ratios[-1]:.2f}; {low:.2f} … {high:.2f})'
+        speed = f'{way}: {statistics.median(values):.0f} images/s'
+        print(f'  {speed}; ours / this: {median:.2f} {spread}', flush=True)
+    slower = statistics.median(c / o for o, c in zip(found['ours'], found['ours, clean'], strict=True))
+    passes = (2 * K + 3) / 3
+    print(f'  an adversarial step takes {slower:.2f} clean ones, {slower / passes:.2f} × (2K + 3) / 3')
 
 
 def main():
-    from open_clip.model import CLIP
-
-    print(f'$ python {shlex.join(sys.argv)}  # commit {data.commit()}', flush=True)
-    model, x, tokens = build()
-    theirs = CLIP(**clip_adv.open_clip_config(model.cfg, model.preprocess)['model_cfg'])
-    theirs.load_state_dict(model.state_dict())
-    optimizer, optimizer2 = adamw(model), adamw(theirs)
-    ours = functools.partial(our_step, model, optimizer, x, tokens)
-    mean_std = model.visual.mean, model.visual.std
-    other = functools.partial(open_clip_step, theirs, optimizer2, x, tokens, *mean_std)
-    data.keep_freed_memory()  # for both: what is compared here is the code
-    ours(), other()
-    rows = [(images_per_s(ours, len(x)), images_per_s(other, len(x))) for _ in range(TURNS)]
-    report('ours', 'open_clip', rows)
-    ways = ('kept', 'as it is')
-    report('memory kept', 'as it is', [tuple(map(in_a_process, ways)) for _ in range(TURNS)])
-
-
-def in_a_process(how: str) -> float:
-    command = [sys.executable, __file__, how]
-    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-
-
-def alone(how: str) -> None:
-    if how == 'kept':
-        data.keep_freed_memory()
-    model, x, tokens = build()
-    step = functools.partial(our_step, model, adamw(model), x, tokens)
-    step(), step()
-    print(images_per_s(step, len(x)))
-
-
-def report(a, b, rows):
-    ratios = sorted(one / other for one, other in rows)
-    medians = [statistics.median(column) for column in zip(*rows, strict=True)]
-    print(
-        f'{a}: {medians[0]:.0f} images/s, {b}: {medians[1]:.0f} images/s; '
-        f'ratio, median of {len(rows)} turns: '
-        f'{statistics.median(ratios):.2f} ({ratios[0]:.2f} … {ratios[-1]:.2f}); '
-        f'{torch.get_num_threads()} threads, torch {torch.__version__}',
-        flush=True,
-    )
+    print(f'$ python {shlex.join(sys.argv)}  # commit {data.commit()}')
+    print(f'{os.cpu_count()} cores, torch {torch.__version__}; K = {K}', flush=True)
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    workers = {
+        way: subprocess.Popen([sys.executable, __file__, way], env={**os.environ, **setting}, **pipes)
+        for way, setting in WAYS.items()
+    }
+    for busy in (0, 1):
+        take_turns(workers, int(sys.argv[1]) if sys.argv[1:] else 20, busy)
 
 
 if __name__ == '__main__':
-    alone(sys.argv[1]) if sys.argv[1:] else main()
+    work(sys.argv[1]) if sys.argv[1:2] and sys.argv[1] in WAYS else main()

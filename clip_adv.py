@@ -15,8 +15,11 @@ import contextlib
 import json
 import math
 import os
+import re
 import shlex
 import shutil
+import weakref
+from collections import Counter
 from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from pathlib import Path
 from typing import Literal, get_args, get_origin, get_type_hints
@@ -27,8 +30,11 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
 from torch.nn.parallel import DistributedDataParallel as DDP
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import flop_registry
 
 import attacks
 
@@ -40,7 +46,9 @@ class Config:
     caption_key: str = 'text'  # which key of metadata.jsonl (column of metadata.csv) has the captions
     holdout: str = ''  # captions left out of training, e.g. 'red circle,blue triangle'
     workers: int = 0  # image-decoding processes per rank; 0: none of its own
-    init: str = ''  # start from a CLIP (only --size may differ): a run, open_clip's, Hugging Face's, an id
+    init: str = (
+        ''  # start from a CLIP (--size and --context may differ): a run, open_clip's, Hugging Face's, an id
+    )
     resume: bool = False  # continue the run in --out; start it where there is none
     seed: int = 0  # of weights, order, augmentation and δ₀
     # attack
@@ -50,7 +58,7 @@ class Config:
     eps_from: float = 0.18  # ε (and α) ramp up linearly from this fraction of the run …
     eps_to: float = 0.55  # … to this one; before the ramp training is clean, and cheap
     k_from: float = 0.60  # until this fraction of the run the attack has 1 step of 1.25 ε, then K of α
-    # model (ignored with --init and --arch, which bring theirs)
+    # model (ignored with --init and --arch, which bring theirs; but for --size and --context)
     size: int = 32  # side of the image in pixels
     patch: int = 4  # side of a patch in pixels
     width: int = 64  # of the image tower
@@ -68,6 +76,7 @@ class Config:
     # optimisation
     batch_size: int = 32  # global: of all processes together
     steps: int = 5000  # updates
+    samples: float = 0.0  # samples seen, instead: steps = samples / batch_size
     lr: float = 1.5e-3  # peak learning rate
     warmup: float = 0.02  # fraction of the run; cosine to 0 after it
     wd: float = 0.05  # weight decay, on matrices only
@@ -78,6 +87,9 @@ class Config:
     compile: bool | None = None  # torch.compile both towers; default: on CUDA only
     log_every: int = 50  # steps between lines of log.jsonl
     save_every: int = 500  # steps between checkpoints
+    plan: str = field(default='', metadata={'nargs': '?'})  # only say what this costs, or all of FILE.sh
+    gpu: str = 'h100'  # that --plan reckons with, …
+    mfu: float = 0.4  # … and the fraction of its peak that is reached
 
 
 # ====================================================================================================== model
@@ -587,27 +599,10 @@ def build(cfg: Config, given: set[str], pairs: data.Pairs, state: dict | None) -
             model = CLIP(clip_cfg, preprocess)
         data.fill(model, state['model'], f'{cfg.out}/train_state.pt')
         return model, data.tokenizer_for(clip_cfg.text_cfg, data.HFTokenizer.from_str(state['tokenizer']))
-    brought = 'patch width layers head_width mlp_ratio embed_dim text_width text_layers text_heads'.split()
-    brought += ['arch', 'tokenizer', 'vocab_size', 'context'] if cfg.init else []
-    if (cfg.init or cfg.arch) and (surplus := sorted(given.intersection(brought))):
-        which = '--init' if cfg.init else '--arch'
-        data.fail(f'{which} brings its own model: leave --{", --".join(surplus)} out')
+    clip_cfg, preprocess = settings_of_model(cfg, given)
     if cfg.init:
-        return load_clip(cfg.init, cfg.size if 'size' in given else None, '--init')
-    if cfg.arch:
-        model_cfg = data.read_json(Path(cfg.arch), '--arch')
-        model_cfg = model_cfg.get('model_cfg', model_cfg)
-        if missing := {'vision_cfg', 'text_cfg'} - set(model_cfg):
-            data.fail(f'--arch {cfg.arch}: no {min(missing)}; expected a model configuration of open_clip')
-        model_cfg['vision_cfg'] |= {'image_size': cfg.size} if 'size' in given else {}
-        model_cfg['text_cfg'] |= {'context_length': cfg.context} if 'context' in given else {}
-    else:
-        vision = VisionCfg(cfg.size, cfg.patch, cfg.width, cfg.layers, cfg.head_width, cfg.mlp_ratio)
-        text = TextCfg(cfg.context, width=cfg.text_width, heads=cfg.text_heads, layers=cfg.text_layers)
-        if cfg.tokenizer.endswith('.txt'):  # [CLS] comes last, and is of use only without a causal mask
-            text.pool_type, text.no_causal_mask = 'last', True
-        model_cfg = asdict(ClipCfg(vision, text, cfg.embed_dim))
-    clip_cfg, preprocess = from_open_clip({'model_cfg': model_cfg, 'preprocess_cfg': IMAGENET}, 'the model')
+        lengths = (getattr(cfg, name) if name in given else None for name in ('size', 'context'))
+        return load_clip(cfg.init, *lengths, flag='--init')
     text_cfg = clip_cfg.text_cfg
     if cfg.tokenizer:
         if cfg.tokenizer.endswith('.txt'):
@@ -622,6 +617,33 @@ def build(cfg: Config, given: set[str], pairs: data.Pairs, state: dict | None) -
         return CLIP(clip_cfg, preprocess), tokenizer
 
 
+def settings_of_model(cfg: Config, given: set[str], known=None) -> tuple[ClipCfg, Preprocess]:
+    """Of --init, --arch or the flags.   known: of the models that earlier commands of a script make"""
+    brought = 'patch width layers head_width mlp_ratio embed_dim text_width text_layers text_heads'.split()
+    brought += ['arch', 'tokenizer', 'vocab_size'] if cfg.init else []
+    if (cfg.init or cfg.arch) and (surplus := sorted(given.intersection(brought))):
+        which = '--init' if cfg.init else '--arch'
+        data.fail(f'{which} brings its own model: leave --{", --".join(surplus)} out')
+    preprocess = IMAGENET
+    if cfg.init:
+        clip_cfg, how = (known or {}).get(str(Path(cfg.init))) or settings_in(cfg.init, '--init')[1:]
+        model_cfg, preprocess = open_clip_config(clip_cfg, how).values()
+    elif cfg.arch:
+        model_cfg = data.read_json(Path(cfg.arch), '--arch')
+        model_cfg = model_cfg.get('model_cfg', model_cfg)
+        if missing := {'vision_cfg', 'text_cfg'} - set(model_cfg):
+            data.fail(f'--arch {cfg.arch}: no {min(missing)}; expected a model configuration of open_clip')
+    else:
+        vision = VisionCfg(cfg.size, cfg.patch, cfg.width, cfg.layers, cfg.head_width, cfg.mlp_ratio)
+        text = TextCfg(cfg.context, cfg.vocab_size, cfg.text_width, cfg.text_heads, cfg.text_layers)
+        if cfg.tokenizer.endswith('.txt'):  # [CLS] comes last, and is of use only without a causal mask
+            text.pool_type, text.no_causal_mask = 'last', True
+        model_cfg = asdict(ClipCfg(vision, text, cfg.embed_dim))
+    model_cfg['vision_cfg'] |= {'image_size': cfg.size} if 'size' in given else {}
+    model_cfg['text_cfg'] |= {'context_length': cfg.context} if 'context' in given else {}
+    return from_open_clip({'model_cfg': model_cfg, 'preprocess_cfg': preprocess}, cfg.init or 'the model')
+
+
 def with_tokenizer(text_cfg: TextCfg, tokenizer: data.Tokenizer) -> TextCfg:
     """text_cfg of a directory that it lies in: any non-empty name makes open_clip read it from there."""
     mode = 'clips' if tokenizer.mode == 'clips' else None
@@ -633,6 +655,7 @@ def with_tokenizer(text_cfg: TextCfg, tokenizer: data.Tokenizer) -> TextCfg:
 def check_config(cfg: Config, world: int) -> None:
     """Refuses what cannot be meant, with what, value, limit and flag; fills in α."""
     check_attack(cfg)
+    cfg.steps = round(cfg.samples / cfg.batch_size) if cfg.samples and cfg.batch_size else cfg.steps
     shape = 'size patch width layers head_width mlp_ratio embed_dim text_width text_layers text_heads'
     for name in f'steps lr grad_clip log_every save_every {shape}'.split():
         if getattr(cfg, name) <= 0:
@@ -678,22 +701,28 @@ def compile_towers(model: CLIP, wanted: bool | None, device: torch.device) -> No
 
 
 # ----------------------------------------------------------------------------------------- loading and saving
-def load_clip(path: str | os.PathLike, size: int | None = None, flag: str = '', tokenizer: bool = True):
-    """A CLIP, from wherever it comes → (CLIP in eval mode, data.Tokenizer or None).
-
-    path: a run directory; a directory of open_clip's; one of a CLIPModel of Hugging Face's; or a repository
-    id of the hub.  size: interpolates the position embedding to images of this side.  flag: that named it,
-    for errors.  tokenizer: False where none is needed (stage 2 takes the image tower alone)."""
+def settings_in(path: str | os.PathLike, flag: str = '') -> tuple[Path, ClipCfg, Preprocess]:
+    """Of a CLIP, and where it lies; see load_clip."""
     if str(path) == Config.out and not Path(path).exists():
         data.fail(f'{flag or "DIR"} {path}: no such directory; make it first: python clip_adv.py')
     place = data.locate(path, flag)
     file = place / 'open_clip_config.json'
-    if not file.is_file() and (kind := data.model_type(place)) != 'clip':
-        data.fail(f'{place} is no CLIP: no open_clip_config.json, and config.json says {kind!r}')
     if file.is_file():
-        cfg, preprocess = from_open_clip(data.read_json(file, str(place)), str(file))
-    else:
-        cfg, preprocess = from_hf_directory(place)
+        return place, *from_open_clip(data.read_json(file, str(place)), str(file))
+    if (kind := data.model_type(place)) != 'clip':
+        data.fail(f'{place} is no CLIP: no open_clip_config.json, and config.json says {kind!r}')
+    return place, *from_hf_directory(place)
+
+
+def load_clip(path: str | os.PathLike, size=None, context=None, flag: str = '', tokenizer: bool = True):
+    """A CLIP, from wherever it comes → (CLIP in eval mode, data.Tokenizer or None).
+
+    path: a run directory; a directory of open_clip's; one of a CLIPModel of Hugging Face's; or a repository
+    id of the hub.  size, context: interpolate the position embeddings to images of this side, to texts of so
+    many tokens.  flag: that named it, for errors.  tokenizer: False where none is needed (stage 2, which
+    takes the image tower alone)."""
+    place, cfg, preprocess = settings_in(path, flag)
+    file = place / 'open_clip_config.json'
     with torch.device('meta'), data.reading(f'{place}: its model', 'sizes that one can have'):
         model = CLIP(cfg, preprocess)
     names = [*(data.OPEN_CLIP_FILES if file.is_file() else []), *data.HF_FILES]
@@ -703,6 +732,7 @@ def load_clip(path: str | os.PathLike, size: int | None = None, flag: str = '', 
     if not file.is_file():
         weights = weights_from_hf(weights, model.state_dict(), str(place))
 
+    cfg.text_cfg.context_length = context or cfg.text_cfg.context_length
     tokens, text = data.tokenizer_of(place, cfg.text_cfg) if tokenizer else None, cfg.text_cfg
     if tokens:
         if tokens.vocab_size > text.vocab_size or text.pool_type == 'eos' and tokens.eos != text.eos_id:
@@ -715,6 +745,11 @@ def load_clip(path: str | os.PathLike, size: int | None = None, flag: str = '', 
         from_open_clip(open_clip_config(cfg, preprocess), str(place))  # is the size possible?
         positions = resize_positions(model.visual.positional_embedding.detach(), size // model.visual.patch)
         model.visual.positional_embedding = nn.Parameter(positions)
+    if len(positions := model.positional_embedding) != text.context_length:
+        positions = F.interpolate(
+            positions.detach().T[None], text.context_length, mode='linear'
+        )  # as open_clip
+        model.positional_embedding = nn.Parameter(positions[0].T.contiguous())
     return model.eval(), tokens
 
 
@@ -960,5 +995,121 @@ of an image nothing follows. Robustness is measured with attacks, not proved: a 
 """
 
 
+# -------------------------------------------------------------------------- --plan: what it costs, beforehand
+# peak FLOP/s of dense bfloat16 matrix products, by the makers' data sheets (which may put sparse ones first)
+PEAK = {'a100': 312e12, 'h100': 989e12, 'h200': 989e12, 'b200': 2250e12, 'l40s': 362e12, 'mi300x': 1307e12}
+SDPA, FORMULAS = '_scaled_dot_product_flash_attention', {op.__name__: f for op, f in flop_registry.items()}
+FORMULAS[f'{SDPA}_for_cpu'] = FORMULAS[SDPA]  # backwards 4 products; a kernel's recomputation is not counted
+FORMULAS[f'{SDPA}_for_cpu_backward'] = lambda _, *qkv, **__: 2 * FORMULAS[SDPA](*qkv[:3], out_val=qkv[0])
+
+
+class Meter(TorchDispatchMode):
+    """FLOPs of matrix products, by phase, and bytes of tensors, in what is called. For FakeTensorMode, whose
+    tensors have no content: any step takes seconds and no memory.   answers: op → what it cannot know"""
+
+    def __init__(self, **answers):
+        super().__init__()
+        self.answers, self.phase, self.flops, self.held = answers, 'update', Counter(), Counter()
+        self.peak = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name, kwargs = function.overloadpacket.__name__, kwargs or {}
+        out = self.answers[name] if name in self.answers else function(*args, **kwargs)
+        if name in FORMULAS:
+            self.flops[self.phase] += FORMULAS[name](*args, **kwargs, out_val=out)
+        for t in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(t, Tensor) and (key := t.untyped_storage()._cdata) not in self.held:
+                self.held[key] = t.untyped_storage().nbytes()
+                self.peak = max(self.peak, self.held.total())
+                weakref.finalize(t.untyped_storage(), self.held.pop, key)
+        return out
+
+
+def plan(cfg: Config, given: set[str], world: int, known: dict) -> list[tuple]:
+    """Goes through a step with tensors of no content.   known: models by their --out; adds this one"""
+    check_config(cfg, world)
+    clip_cfg, preprocess = known[str(Path(cfg.out))] = settings_of_model(cfg, given, known)
+    n, px, length = cfg.batch_size // world, clip_cfg.vision_cfg.image_size, clip_cfg.text_cfg.context_length
+    amp, micro = torch.autocast('cpu', torch.bfloat16), cfg.micro_batch
+
+    def loss_of(images: Tensor, text: Tensor, scale: Tensor) -> Tensor:
+        with amp:
+            features = model(images, micro)
+        return info_nce(features, torch.cat([text, others]), scale, micro)
+
+    with FakeTensorMode(), Meter(_local_scalar_dense=length - 1) as meter:  # a text ends with the last token
+        model, x = CLIP(clip_cfg, preprocess), torch.empty(n, 3, px, px)
+        with amp:
+            text = model.encode_text(torch.empty(n, length, dtype=torch.long), micro)
+        others, meter.phase = torch.empty(cfg.batch_size - n, clip_cfg.embed_dim), 'attack'  # of other GPUs
+        with frozen(model.visual):
+            attacks.pgd(lambda x: loss_of(x, text.detach(), model.logit_scale.detach()), x, 1.0, 1.0, 1)
+        meter.phase = 'update'
+        loss_of(x, text, model.logit_scale).backward()
+    image, both = (sum(p.numel() for p in m.parameters()) for m in (model.visual, model))
+    cells = cfg.out, f'{image / 1e6:.1f} + {(both - image) / 1e6:.1f}', f'{px}'
+    cells += f'{len(model.visual.positional_embedding)} + {length}', f'{cfg.eps:g} {cfg.alpha:g} {cfg.k}'
+    ks = Counter(attack_at(cfg, step)[2] for step in range(cfg.steps))
+    said = f'{micro or n} samples at a time on each of {world} GPUs, texts of {length} tokens'
+    kept = 4 * both * (2 + (world > 1))  # AdamW's moments, DDP's buckets
+    return [costs(cells, cfg.batch_size, ks, meter, n, kept, said)]
+
+
+def costs(cells: tuple, batch_size: int, ks: Counter, meter: Meter, n: int, kept: int, said: str) -> tuple:
+    """(a row of the table, FLOPs of the whole schedule); prints those of a step.   ks: updates for every K.
+    n: samples that were metered.  kept: bytes that the meter did not see.  said: what is assumed"""
+    attack, update = (meter.flops[phase] / n * batch_size for phase in ('attack', 'update'))
+    print(f'{cells[0]}: {said}. FLOPs of a step:')
+    for k, updates in sorted(ks.items()):
+        print(f'  K = {k}: attack {k * attack:.4g} + update {update:.4g}, {updates} of {ks.total()} times')
+    attack *= sum(k * updates for k, updates in ks.items()) / ks.total()
+    giga = ' + '.join(f'{flops / batch_size / 1e9:.4g}' for flops in (attack, update))
+    samples, flops = batch_size * ks.total(), ks.total() * (attack + update)
+    return (
+        *cells,
+        f'{batch_size}',
+        f'{samples:.3g}',
+        giga,
+        f'{(meter.peak + kept) / 1e9:.1f}',
+        f'{flops:.3g}',
+    ), flops
+
+
+def print_plans(cfg, given: set[str], stages: dict) -> None:
+    """Of this command, or of all in --plan FILE.sh.   stages: {script: (Config, plan)}, the caller's last"""
+    if cfg.gpu not in PEAK or not 0 < cfg.mfu <= 1:
+        data.fail(f'--gpu {cfg.gpu} --mfu {cfg.mfu:g}: must be one of {", ".join(PEAK)}, and in 0 … 1')
+    known, plans, world = {}, [], int(os.environ.get('WORLD_SIZE', 1))
+    if not cfg.plan:
+        plans = [*stages.values()][-1][1](cfg, given, world, known)
+    for line in (
+        data.read_text(Path(cfg.plan), '--plan').replace('\\\n', ' ').splitlines() if cfg.plan else ()
+    ):
+        with data.reading(f'--plan {cfg.plan}: {line.strip()[:60]!r}', 'a command as a shell reads it'):
+            words = shlex.split(line, comments=True)
+        for at in [i for i, word in enumerate(words) if Path(word).name in stages][:1]:
+            per = re.findall(r'--(?:nnodes|nproc[-_]per[-_]node)[ =](\d+)', ' '.join(words[:at]))
+            kind, plan = stages[Path(words[at]).name]
+            plans += plan(*data.parse(kind, '', words[at + 1 :]), math.prod(map(int, per)), known)
+    if not plans:
+        data.fail(f'--plan {cfg.plan}: no command in it runs {" or ".join(stages)}')
+    speed, total = cfg.mfu * PEAK[cfg.gpu] * 3600, sum(flops for _, flops in plans)
+    head = 'run|parameters, M|px|tokens|ε α K|batch|samples|GFLOP a sample, attack + update|GB a GPU|FLOPs'
+    rows = [(*row, f'{flops / speed:,.1f}') for row, flops in plans]
+    rows += [('sum', *[''] * 8, f'{total:.3g}', f'{total / speed:,.1f}')]
+    for row in (rows := [(*head.split('|'), f'{cfg.gpu}-hours'), *rows]):
+        widths = [max(map(len, column)) for column in zip(*rows)]
+        print('  '.join(f'{cell:<{w}}' for cell, w in zip(row, widths)))
+    print(
+        f'at {cfg.mfu:.0%} of {PEAK[cfg.gpu] / 1e12:g} TFLOP/s, dense bfloat16. FLOPs: of the matrix products'
+    )
+    print(
+        'that are run, causal attention whole. Memory: weights, gradients, AdamW, DDP, and what a step holds'
+    )
+    print('at its fullest under bfloat16 autocast, not compiled; some GB more for CUDA and its allocator')
+
+
 if __name__ == '__main__':
-    main(*data.parse(Config, __doc__))
+    cfg, given = data.parse(Config, __doc__)
+    stages = {'clip_adv.py': (Config, plan)}
+    print_plans(cfg, given, stages) if 'plan' in given else main(cfg, given)

@@ -1159,7 +1159,7 @@ def parse(config_class, doc: str, argv: list[str] | None = None) -> tuple[object
         else:
             kind = next((t for t in inner if t is not type(None)), hint)  # X of X | None
             how = {'type': NUMBERS.get(kind, kind), 'metavar': kind.__name__}
-            how = {'action': argparse.BooleanOptionalAction} if kind is bool else how
+            how = {'action': argparse.BooleanOptionalAction} if kind is bool else {**how, **field.metadata}
         default = '' if field.default in (None, '', False) else f' (default: {field.default})'
         text = comments.get(field.name, '') + default
         parser.add_argument('--' + field.name, help=text.replace('%', '%%'), **how)
@@ -1251,7 +1251,8 @@ def versions() -> dict[str, str]:
 # ---------------------------------------------------------------------------------------------- run directory
 STATE = {'step': int, **dict.fromkeys(('config', 'model', 'optimizer', 'data'), dict)}  # of a checkpoint
 # settings that change no result, but for rounding
-FREE_ON_RESUME = set('out resume workers compile micro_batch log_every save_every chat max_bad'.split())
+FREE_ON_RESUME = 'out resume workers compile micro_batch log_every save_every chat max_bad plan mfu gpu'
+FREE_ON_RESUME = set(FREE_ON_RESUME.split())
 
 
 def write(path: Path, content, kept_as: str = '') -> None:

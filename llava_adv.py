@@ -32,7 +32,8 @@ import re
 import shlex
 import sys
 import tempfile
-from dataclasses import dataclass, fields, replace
+from collections import Counter
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Literal
 
@@ -41,6 +42,7 @@ import data  # before torch: it says how threads wait
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
 from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
@@ -93,6 +95,9 @@ class Config:
     dtype: Literal['', 'float32', 'bfloat16'] = ''  # of the LLM; default: bfloat16 on CUDA with adapters
     log_every: int = 25  # steps between lines of log.jsonl
     save_every: int = 200  # steps between checkpoints
+    plan: str = field(default='', metadata={'nargs': '?'})  # only say what this costs, or all of FILE.sh
+    gpu: str = 'h100'  # that --plan reckons with, …
+    mfu: float = 0.4  # … and the fraction of its peak that is reached
 
 
 # ========================================================================================= the language model
@@ -674,11 +679,7 @@ def train_tiny_llm(folder: Path, cfg: Config, steps: int = 800, batch_size: int 
     that comes alone, first; in the second half all kinds of texts."""
     g = data.generator(cfg.seed, 'tiny llm', 0)
     early, late, captioning, tokenizer = tiny_llm_texts(cfg, g)
-    config = {'model_type': 'llama', 'architectures': ['LlamaForCausalLM'], 'hidden_act': 'silu'}
-    config |= {'vocab_size': -(-tokenizer.vocab_size // 64) * 64, 'hidden_size': 128, 'num_hidden_layers': 4}
-    config |= {'num_attention_heads': 4, 'num_key_value_heads': 4, 'max_position_embeddings': 2048}
-    config |= {'rms_norm_eps': 1e-5, 'rope_theta': 10000.0, 'tie_word_embeddings': True}
-    config |= {'intermediate_size': 384, 'attention_bias': False}
+    config = tiny_llm_config(tokenizer.vocab_size)
     config |= {f'{name}_token_id': getattr(tokenizer, name) for name in ('bos', 'eos', 'pad')}
     with clip_adv.seeded(cfg.seed):
         llm = Llama(config)
@@ -710,6 +711,14 @@ def train_tiny_llm(folder: Path, cfg: Config, steps: int = 800, batch_size: int 
         optimizer.zero_grad()
     folder.mkdir(parents=True, exist_ok=True)
     data.save_directory(folder, config, dict(llm.state_dict()), tokenizer.files(2048))
+
+
+def tiny_llm_config(words: int) -> dict:
+    config = {'model_type': 'llama', 'architectures': ['LlamaForCausalLM'], 'hidden_act': 'silu'}
+    config |= {'vocab_size': -(-words // 64) * 64, 'hidden_size': 128, 'num_hidden_layers': 4}
+    config |= {'num_attention_heads': 4, 'num_key_value_heads': 4, 'max_position_embeddings': 2048}
+    config |= {'rms_norm_eps': 1e-5, 'rope_theta': 10000.0, 'tie_word_embeddings': True}
+    return config | {'intermediate_size': 384, 'attention_bias': False}
 
 
 def draw(n: int, g: torch.Generator) -> int:
@@ -913,15 +922,9 @@ def is_llava(path: str, flag: str = '--init') -> bool:
 ADAPTERS = 'non_lora_trainables.bin'  # of the released Δ²LLaVA, and of LLaVA's own LoRA runs
 
 
-def load_llava(path: str, dtype: torch.dtype = torch.float32) -> tuple[LLaVA, data.LLMTokenizer]:
-    """A LLaVA, from wherever it comes → (model, tokenizer).
-
-    path: a run directory; any LLaVA directory of Hugging Face's format with a CLIP tower and a Llama or
-    Qwen2; adapters as the authors of Δ²LLaVA publish them; or a repository id of such.  dtype: of the LLM;
-    the rest is float32."""
-    place = data.locate(path)
-    if (place / ADAPTERS).is_file():
-        return load_adapters(place, dtype)
+def settings_of_llava(place: Path, path: str) -> tuple:
+    """ClipCfg, Preprocess, the LLM's settings, config.json, whether images are padded, whether the tower is
+    one of open_clip alone"""
     if (kind := data.model_type(place)) != 'llava':
         clip = (place / 'open_clip_config.json').is_file() or kind == 'clip'
         unfinished = ', but a run that has not ended: go on with --resume' if data.settings_of(place) else ''
@@ -944,6 +947,20 @@ def load_llava(path: str, dtype: torch.dtype = torch.float32) -> tuple[LLaVA, da
     clip_cfg, preprocess = clip_adv.from_open_clip(vision, str(file))
     if plain:
         _, pad = clip_adv.preprocess_from_hf(place, clip_cfg.vision_cfg.image_size)
+    return clip_cfg, preprocess, text, config, pad, plain
+
+
+def load_llava(path: str, dtype: torch.dtype = torch.float32) -> tuple[LLaVA, data.LLMTokenizer]:
+    """A LLaVA, from wherever it comes → (model, tokenizer).
+
+    path: a run directory; any LLaVA directory of Hugging Face's format with a CLIP tower and a Llama or
+    Qwen2; adapters as the authors of Δ²LLaVA publish them; or a repository id of such.  dtype: of the LLM;
+    the rest is float32."""
+    place = data.locate(path)
+    if (place / ADAPTERS).is_file():
+        return load_adapters(place, dtype)
+    clip_cfg, preprocess, text, config, pad, plain = settings_of_llava(place, path)
+    file = place / 'config.json'
     tokenizer, rows = data.read_llm_tokenizer(place), llama_cfg(text, f'{file}: text_config').vocab_size
     image_id = config.get('image_token_index', config.get('image_token_id'))
     if tokenizer.image != image_id:
@@ -1067,6 +1084,65 @@ def arithmetic(cfg: Config, plan: list, model: LLaVA, world: int) -> str:
     return '\n'.join(lines)
 
 
+# -------------------------------------------------------------------------- --plan: what it costs, beforehand
+# of LLaVA 1.5's data: samples of an epoch; tokens of a text and, of these, learned ones (these two guessed)
+ASSUMED = {'A': (558_128, 24, 20), 'B': (665_298, 320, 200)}
+
+
+def plan(cfg: Config, given: set[str], world: int, known: dict) -> list[tuple]:
+    """As clip_adv.plan does, of each sub-stage."""
+    cfg.dtype, init = cfg.dtype or ('bfloat16' if cfg.lora_r else 'float32'), str(Path(cfg.init))
+    check_config(cfg, given, world)
+    if init not in known and is_llava(cfg.init):
+        known[init] = settings_of_llava(data.locate(cfg.init), cfg.init)[:3]
+    clip_cfg, preprocess, *llm = known.get(init) or clip_adv.settings_in(cfg.init, '--init')[1:]
+    if not llm and cfg.llm == 'tiny':
+        llm = [tiny_llm_config(2048)]
+    llm = llm or [data.read_json(data.locate(cfg.llm, '--llm') / 'config.json', '--llm')]
+    known[str(Path(cfg.out))] = clip_cfg, preprocess, *llm
+    stages = ('A', cfg.steps_a, cfg.batch_a), ('B', cfg.steps_b, cfg.batch_size)
+    return [plan_of(cfg, *stage, world, clip_cfg, preprocess, *llm) for stage in stages if stage[1]]
+
+
+def plan_of(
+    cfg: Config, sub: str, steps: int, size: int, world: int, clip_cfg, preprocess, config: dict
+) -> tuple:
+    epoch, words, learned = ASSUMED[sub]
+    n, px = min(cfg.micro_batch or size, size // world), clip_cfg.vision_cfg.image_size
+    with FakeTensorMode(), clip_adv.Meter(_local_scalar_dense=True) as meter:  # its frequencies are finite
+        llm, visual = Llama(config, '--llm'), clip_adv.ViT(clip_cfg, preprocess)
+        for p in llm.parameters():
+            p.data = p.data.to(getattr(torch, cfg.dtype))
+        model = LLaVA(visual, clip_cfg, preprocess, llm, 0).eval()
+        image, llm.checkpointing = model.image_tokens, cfg.checkpoint
+        parts = [sum(p.numel() for p in m.parameters()) / 1e6 for m in (visual, model.projector, llm)]
+        trained = [p for group in trainable(model, cfg, sub) for p in group['params']]
+        for p in trained:
+            p.grad = torch.zeros_like(p)  # of earlier micro-batches
+        x, ids = torch.empty(n, 3, px, px), torch.empty(n, image + words, dtype=torch.long)
+        rows = columns = targets = torch.empty(n * learned, dtype=torch.long)
+        batch = data.Batch(x, ids, rows, columns, targets, image, torch.empty(n, dtype=torch.int32))
+        meter.answers['nonzero'] = torch.empty(n * image, 2, dtype=torch.long)  # where the image tokens are
+        with torch.autocast('cpu', torch.bfloat16):
+            with clip_adv.frozen(model):
+                meter.phase = 'attack'
+                attacks.pgd(lambda x: model(x, batch).sum(), x, 1.0, 1.0, 1)
+            meter.phase = 'update'
+            model(x, batch, batch.keys).sum().backward()
+    ks = Counter({cfg.k if cfg.eps else 0: steps if steps > 0 else epoch // size})
+    said = (
+        f'{n} samples at a time on each of {world} GPUs, texts of {words} tokens, {learned} of them learned '
+    )
+    said += '(a guess)' + (f', an epoch of {epoch} samples' if steps < 0 else '')
+    kept = 4 * sum(p.numel() for p in trained) * (2 + (world > 1))
+    cells = f'{cfg.out} {sub}', ' + '.join(f'{m:.1f}' for m in parts), f'{px}', f'{image} + {words}'
+    return clip_adv.costs((*cells, f'{cfg.eps:g} {cfg.alpha:g} {cfg.k}'), size, ks, meter, n, kept, said)
+
+
 if __name__ == '__main__':
     cfg, given = data.parse(Config, __doc__)
-    (chat if cfg.chat else main)(cfg, given)
+    stages = {'clip_adv.py': (clip_adv.Config, clip_adv.plan), 'llava_adv.py': (Config, plan)}
+    if 'plan' in given:
+        clip_adv.print_plans(cfg, given, stages)
+    else:
+        (chat if cfg.chat else main)(cfg, given)

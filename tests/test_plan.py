@@ -79,6 +79,7 @@ def test_plan_agrees_with_a_closed_form(capsys, tmp_path):
     assert '84' in out and '37 + 8' in out and f'{batch}' in out
 
 
+@pytest.mark.slow
 def test_plan_agrees_with_a_counter_around_main(capsys, tmp_path):
     """Two steps less one: a step without the clean loss, which is computed for the log."""
     counted = []
@@ -92,9 +93,13 @@ def test_plan_agrees_with_a_counter_around_main(capsys, tmp_path):
     assert attack + update == pytest.approx(counted[1] - counted[0], rel=0.02)
     cheap, same, _ = planned(capsys, **dict(settings, k=1))
     assert cheap == pytest.approx(attack / 2, rel=1e-3) and same == update
+    more, most, _ = planned(capsys, **settings, micro_batch=4)  # one more forward pass in each
+    assert 1.3 < more / attack < 1.6 and 1.2 < most / update < 1.5
 
 
-@pytest.mark.parametrize('sub, checkpointing', [('A', False), ('B', True)])
+@pytest.mark.parametrize(
+    'sub, checkpointing', [('A', False), pytest.param('B', True, marks=pytest.mark.slow)]
+)
 def test_plan_of_stage_2_agrees_with_a_counter(capsys, tmp_path, monkeypatch, sub, checkpointing):
     """A real attack step and a real update, with texts as long as --plan takes them to be."""
     monkeypatch.setattr(llava_adv, 'ASSUMED', {sub: (1000, 7, 3)})
@@ -152,16 +157,18 @@ def test_meter_knows_what_is_held():
     assert meter.peak >= 4 * (2 * 100 * 100 + 2 * 10 * 100)
 
 
-def test_memory_and_parameters_of_a_known_model(capsys, tmp_path):
-    """16 bytes for a parameter, and 4 more in DDP; activations grow with the micro-batch alone."""
+@pytest.mark.slow
+def test_memory_of_micro_batches(capsys):
+    """Activations are those of a process's samples, of a micro-batch with --micro_batch."""
     settings = dict(TINY, batch_size=4096, vocab_size=8192, width=256, layers=6)
 
     def memory(world, **more):
         cfg, given = data.parse(clip_adv.Config, '', flags(**dict(settings, **more)))
         return [float(row[8]) for row, _ in clip_adv.plan(cfg, given, world, {})][0]
 
-    one, two, four = (memory(world) for world in (1, 2, 4))
+    one, two, four, parts = memory(1), memory(2), memory(4), memory(1, micro_batch=1024)
     assert one > two > four and one - two == pytest.approx(2 * (two - four), rel=0.15)
+    assert parts < two
 
 
 def test_schedule_is_summed(capsys):

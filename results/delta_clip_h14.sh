@@ -3,7 +3,8 @@
 # Known of ΔCLIP-H/14: the model, DataComp-1B and Recap-DataComp-1B, mean, std and tokenizer, ε 4, training at
 # low resolution first. Its schedule is not public. Assumed: sizes, text tokens, batch sizes, learning rates,
 # samples and the first warm-up are CLIPA H/14's (the same authors', clean), AdamW's β₂ and weight decay too;
-# K and α are AdvXL's. Our guesses: the number of shards, the mixture of captions, ε's ramp, the warm-ups of phases 2 and 3, 512 GPUs.
+# K and α are AdvXL's. Our guesses: the number of shards, the mixture of captions, ε's ramp, the warm-ups of
+# phases 2 and 3, 512 GPUs.
 #
 # Every node runs each command, with --rdzv_backend c10d --rdzv_endpoint HOST:PORT added (README). With fewer
 # GPUs, add --micro_batch: the same gradient from as many samples at a time as fit.

@@ -1,6 +1,7 @@
 """--plan: what it counts, against closed forms and real steps; the recipes; growing resolutions, in small."""
 
 import json
+import sys
 import types
 from pathlib import Path
 
@@ -286,6 +287,6 @@ def test_recipes_can_be_planned(tmp_path):
     text = '\n'.join(file.read_text() for file in RECIPES)
     text = text.replace('--llm VICUNA', f'--llm {tmp_path}/VICUNA').replace('results/', f'{ROOT}/results/')
     (tmp_path / 'recipe.sh').write_text(text)
-    out = execute(['python', str(ROOT / 'llava_adv.py'), '--plan', str(tmp_path / 'recipe.sh')])
+    out = execute([sys.executable, str(ROOT / 'llava_adv.py'), '--plan', str(tmp_path / 'recipe.sh')])
     for cells in ('37 + 8', '257 + 32', '577 + 32', '576 + 24', '576 + 320', '1.28e+10', '6738.4'):
         assert cells in out

@@ -46,9 +46,7 @@ class Config:
     caption_key: str = 'text'  # which key of metadata.jsonl (column of metadata.csv) has the captions
     holdout: str = ''  # captions left out of training, e.g. 'red circle,blue triangle'
     workers: int = 0  # image-decoding processes per rank; 0: none of its own
-    init: str = (
-        ''  # start from a CLIP (--size and --context may differ): a run, open_clip's, Hugging Face's, an id
-    )
+    init: str = ''  # start from a CLIP: a run, open_clip's, an id, …; --size and --context may differ
     resume: bool = False  # continue the run in --out; start it where there is none
     seed: int = 0  # of weights, order, augmentation and δ₀
     # attack
@@ -746,10 +744,8 @@ def load_clip(path: str | os.PathLike, size=None, context=None, flag: str = '', 
         positions = resize_positions(model.visual.positional_embedding.detach(), size // model.visual.patch)
         model.visual.positional_embedding = nn.Parameter(positions)
     if len(positions := model.positional_embedding) != text.context_length:
-        positions = F.interpolate(
-            positions.detach().T[None], text.context_length, mode='linear'
-        )  # as open_clip
-        model.positional_embedding = nn.Parameter(positions[0].T.contiguous())
+        positions = F.interpolate(positions.detach().T[None], text.context_length, mode='linear')
+        model.positional_embedding = nn.Parameter(positions[0].T.contiguous())  # as open_clip does
     return model.eval(), tokens
 
 
@@ -1065,26 +1061,20 @@ def costs(cells: tuple, batch_size: int, ks: Counter, meter: Meter, n: int, kept
     attack *= sum(k * updates for k, updates in ks.items()) / ks.total()
     giga = ' + '.join(f'{flops / batch_size / 1e9:.4g}' for flops in (attack, update))
     samples, flops = batch_size * ks.total(), ks.total() * (attack + update)
-    return (
-        *cells,
-        f'{batch_size}',
-        f'{samples:.3g}',
-        giga,
-        f'{(meter.peak + kept) / 1e9:.1f}',
-        f'{flops:.3g}',
-    ), flops
+    cells += f'{batch_size}', f'{samples:.3g}', giga, f'{(meter.peak + kept) / 1e9:.1f}', f'{flops:.3g}'
+    return cells, flops
 
 
 def print_plans(cfg, given: set[str], stages: dict) -> None:
     """Of this command, or of all in --plan FILE.sh.   stages: {script: (Config, plan)}, the caller's last"""
     if cfg.gpu not in PEAK or not 0 < cfg.mfu <= 1:
         data.fail(f'--gpu {cfg.gpu} --mfu {cfg.mfu:g}: must be one of {", ".join(PEAK)}, and in 0 … 1')
-    known, plans, world = {}, [], int(os.environ.get('WORLD_SIZE', 1))
-    if not cfg.plan:
+    known, plans, world, script = {}, [], int(os.environ.get('WORLD_SIZE', 1)), ''
+    if cfg.plan:
+        script = data.read_text(Path(cfg.plan), '--plan').replace('\\\n', ' ')
+    else:
         plans = [*stages.values()][-1][1](cfg, given, world, known)
-    for line in (
-        data.read_text(Path(cfg.plan), '--plan').replace('\\\n', ' ').splitlines() if cfg.plan else ()
-    ):
+    for line in script.splitlines():
         with data.reading(f'--plan {cfg.plan}: {line.strip()[:60]!r}', 'a command as a shell reads it'):
             words = shlex.split(line, comments=True)
         for at in [i for i, word in enumerate(words) if Path(word).name in stages][:1]:
@@ -1100,13 +1090,11 @@ def print_plans(cfg, given: set[str], stages: dict) -> None:
     for row in (rows := [(*head.split('|'), f'{cfg.gpu}-hours'), *rows]):
         widths = [max(map(len, column)) for column in zip(*rows)]
         print('  '.join(f'{cell:<{w}}' for cell, w in zip(row, widths)))
+    print(f'at {cfg.mfu:.0%} of {PEAK[cfg.gpu] / 1e12:g} TFLOP/s, dense bfloat16. FLOPs: of the matrix')
     print(
-        f'at {cfg.mfu:.0%} of {PEAK[cfg.gpu] / 1e12:g} TFLOP/s, dense bfloat16. FLOPs: of the matrix products'
+        'products that are run, causal attention whole. Memory: weights, gradients, AdamW, DDP, what a step'
     )
-    print(
-        'that are run, causal attention whole. Memory: weights, gradients, AdamW, DDP, and what a step holds'
-    )
-    print('at its fullest under bfloat16 autocast, not compiled; some GB more for CUDA and its allocator')
+    print('holds at its fullest under bfloat16 autocast, not compiled; some GB more for CUDA, its allocator')
 
 
 if __name__ == '__main__':

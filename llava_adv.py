@@ -1104,9 +1104,7 @@ def plan(cfg: Config, given: set[str], world: int, known: dict) -> list[tuple]:
     return [plan_of(cfg, *stage, world, clip_cfg, preprocess, *llm) for stage in stages if stage[1]]
 
 
-def plan_of(
-    cfg: Config, sub: str, steps: int, size: int, world: int, clip_cfg, preprocess, config: dict
-) -> tuple:
+def plan_of(cfg: Config, sub: str, steps: int, size: int, world: int, clip_cfg, preprocess, config: dict):
     epoch, words, learned = ASSUMED[sub]
     n, px = min(cfg.micro_batch or size, size // world), clip_cfg.vision_cfg.image_size
     with FakeTensorMode(), clip_adv.Meter(_local_scalar_dense=True) as meter:  # its frequencies are finite
@@ -1131,9 +1129,9 @@ def plan_of(
             model(x, batch, batch.keys).sum().backward()
     ks = Counter({cfg.k if cfg.eps else 0: steps if steps > 0 else epoch // size})
     said = (
-        f'{n} samples at a time on each of {world} GPUs, texts of {words} tokens, {learned} of them learned '
+        f'{n} samples at a time on each of {world} GPUs, texts of {words} tokens, {learned} learned (a guess)'
     )
-    said += '(a guess)' + (f', an epoch of {epoch} samples' if steps < 0 else '')
+    said += f', an epoch of {epoch} samples' * (steps < 0)
     kept = 4 * sum(p.numel() for p in trained) * (2 + (world > 1))
     cells = f'{cfg.out} {sub}', ' + '.join(f'{m:.1f}' for m in parts), f'{px}', f'{image} + {words}'
     return clip_adv.costs((*cells, f'{cfg.eps:g} {cfg.alpha:g} {cfg.k}'), size, ks, meter, n, kept, said)

@@ -42,8 +42,10 @@ import attacks
 @dataclass
 class Config:
     out: str = 'runs/clip_adv'  # run directory: checkpoints, log, a model for open_clip and transformers
-    data: str = 'easyvqa'  # 'easyvqa', or a folder with metadata.jsonl, alone or in train/, val/, test/
-    caption_key: str = 'text'  # which key of metadata.jsonl (column of metadata.csv) has the captions
+    data: str = 'easyvqa'  # or a folder with metadata.jsonl, alone or in train/, …; or 'DIR/{000..999}.tar'
+    caption_key: str = 'text'  # where captions are: key of metadata, of shards; or 'txt:0.2,alt:0.8' of these
+    index_dir: str = ''  # for the indexes of shards; default: beside these
+    max_bad: float = 0.01  # fraction of a shards' samples that may be bad, and of the shards
     holdout: str = ''  # captions left out of training, e.g. 'red circle,blue triangle'
     workers: int = 0  # image-decoding processes per rank; 0: none of its own
     init: str = ''  # start from a CLIP: a run, open_clip's, an id, …; --size and --context may differ
@@ -368,8 +370,9 @@ def main(cfg: Config, given: set[str]) -> None:
     first_step = state['step'] if state else 0
 
     # --------------------------------------------------------------------------------- data, model, optimizer
-    pairs = data.load_pairs(cfg.data, 'train', cfg.holdout, cfg.caption_key)
-    known_by = {'--data': data.fingerprint(pairs.captions, pairs.files)}
+    which = cfg.data, 'train', cfg.holdout, cfg.caption_key, cfg.index_dir, cfg.max_bad
+    pairs = data.load_pairs(*which)
+    known_by = {'--data': pairs.fingerprint()}
     data.check_resumed(state, known_by)
     model, tokenizer = build(cfg, given, pairs, state)
     model.to(device).train()
@@ -395,8 +398,10 @@ def main(cfg: Config, given: set[str]) -> None:
     export(first_step)
     fit = data.Fit(model.visual.size, model.preprocess.interpolation, model.preprocess.resize_mode)
     samples = data.PairDataset(pairs, tokenizer, fit, cfg.seed)
-    order = data.order(len(pairs), cfg.batch_size, range(first_step, cfg.steps), cfg.seed, rank, world)
-    bar = run.bar(data.loader(samples, order, cfg.workers), 'clip_adv', first_step, cfg.steps)
+    order = data.order(pairs.sizes, cfg.batch_size, range(first_step, cfg.steps), cfg.seed, rank, world)
+    bar = run.bar(
+        data.loader(samples, order, cfg.workers, samples.collate), 'clip_adv', first_step, cfg.steps
+    )
     amp = torch.autocast(device.type, torch.bfloat16, enabled=device.type == 'cuda')
 
     # -------------------------------------------------------------------------------------- the training loop
@@ -608,7 +613,7 @@ def build(cfg: Config, given: set[str], pairs: data.Pairs, state: dict | None) -
         backend = data.read_tokenizer(Path(cfg.tokenizer), '--tokenizer')
         tokenizer = data.tokenizer_for(text_cfg, backend)
     else:
-        tokenizer = data.train_tokenizer(pairs.captions, text_cfg.context_length, cfg.vocab_size)
+        tokenizer = data.train_tokenizer(pairs.texts(100_000), text_cfg.context_length, cfg.vocab_size)
     clip_cfg.text_cfg = with_tokenizer(text_cfg, tokenizer)
     clip_cfg.text_cfg.vocab_size = tokenizer.vocab_size
     with seeded(cfg.seed):
@@ -658,13 +663,12 @@ def check_config(cfg: Config, world: int) -> None:
     for name in f'steps lr grad_clip log_every save_every {shape}'.split():
         if getattr(cfg, name) <= 0:
             data.fail(f'--{name} {getattr(cfg, name)}: must be positive')
-    for name in ('eps_from', 'eps_to', 'k_from', 'warmup'):
+    for name in ('eps_from', 'eps_to', 'k_from', 'warmup', 'max_bad'):
         if not 0 <= getattr(cfg, name) <= 1:
-            data.fail(f'--{name} {getattr(cfg, name):g}: must be a fraction of the run, 0 … 1')
+            data.fail(f'--{name} {getattr(cfg, name):g}: must be a fraction, 0 … 1')
     if not 0 <= cfg.beta2 < 1 or min(cfg.wd, cfg.workers, cfg.micro_batch) < 0:
-        said = (
-            f'--beta2 {cfg.beta2:g} --wd {cfg.wd:g} --workers {cfg.workers} --micro_batch {cfg.micro_batch}'
-        )
+        said = f'--beta2 {cfg.beta2:g} --wd {cfg.wd:g} --workers {cfg.workers}'
+        said += f' --micro_batch {cfg.micro_batch}'
         data.fail(f'{said}: must be in 0 … 1 (below 1), and the others not negative')
     if cfg.eps_from > cfg.eps_to:
         data.fail(f'--eps_from {cfg.eps_from:g} --eps_to {cfg.eps_to:g}: the ramp ends before it begins')
@@ -934,8 +938,13 @@ def weights_from_hf(weights: dict[str, Tensor], ours: dict[str, Tensor], where: 
 # -------------------------------------------------------------------------------------- what is said of a run
 def arithmetic(cfg: Config, pairs: data.Pairs, model: CLIP, tokenizer: data.Tokenizer, world: int) -> str:
     """What is trained on what, and what an update costs, for the first output."""
-    n, cut = sum(p.numel() for p in model.parameters()) / 1e6, tokenizer.too_long(pairs.captions)
-    warning = f'\nwarning: {cut} captions are cut at {tokenizer.context} tokens; see --context' if cut else ''
+    n, texts = sum(p.numel() for p in model.parameters()) / 1e6, pairs.texts(1000)
+    cut = tokenizer.too_long(texts)
+    warning = (
+        f'\nwarning: {cut} of {len(texts)} captions are cut at {tokenizer.context} tokens; see --context'
+        if cut
+        else ''
+    )
     size = f'CLIP with {n:.2f} M parameters at {model.visual.size} px, {tokenizer.vocab_size} token ids'
     share = f'global batch {cfg.batch_size} = {world} process{"es" * (world > 1)} × {cfg.batch_size // world}'
     if cfg.micro_batch:

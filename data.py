@@ -1,15 +1,17 @@
 """What is read and written: pairs and conversations, their pixels in [0, 1], order, tokenizers and prompts;
 files of weights, settings from the command line, processes, the run directory. No model, no attack.
 
-    pairs = load_pairs('easyvqa', 'train')    # image-text pairs; or a folder with metadata.jsonl
+    pairs = load_pairs('easyvqa', 'train')    # image-text pairs; or a folder, or tar shards
     chats = load_chats('easyvqa', 'train')    # conversations; or a JSON file in LLaVA's format
-    batches = loader(PairDataset(pairs, tokenizer, fit, seed), order(len(pairs), batch_size, …))
+    batches = loader(PairDataset(pairs, tokenizer, fit, seed), order(pairs.sizes, batch_size, …))
+    python data.py shards CIFAR10 cifar10/train --split train --download    # writes shards: see --help
 
 Everything random here is a function of (seed, purpose, number of the sample in the stream), never of a rank,
 a worker or a batch size.
 """
 
 import argparse
+import atexit
 import contextlib
 import csv
 import ctypes
@@ -17,6 +19,7 @@ import difflib
 import fcntl
 import fnmatch
 import functools
+import glob
 import hashlib
 import inspect
 import io
@@ -27,13 +30,18 @@ import platform
 import re
 import resource
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
+import tarfile
+import tempfile
 import textwrap
 import time
 import typing
+import uuid
 import zipfile
+from collections import Counter
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
 from pathlib import Path
@@ -134,9 +142,31 @@ class Pairs:
     def __len__(self) -> int:
         return len(self.files)
 
+    @property
+    def sizes(self) -> list[int]:
+        """For `order`: it is one shard."""
+        return [len(self)]
 
-def load_pairs(data: str, split='train', holdout: str = '', caption_key: str = 'text') -> Pairs:
-    """data: 'easyvqa' or a folder.  split: train, val or test.  holdout: 'red circle,blue triangle', say"""
+    def texts(self, limit: int = 0) -> list[str]:
+        return self.captions
+
+    def fingerprint(self) -> dict[str, str]:
+        return fingerprint(self.captions, self.files)
+
+    def read(self, row: int, side: int, seed: int, number: int) -> tuple[Image.Image, str]:
+        """(image, caption).   side, seed, number: as in Shards.read"""
+        return read_image(self.files[row], side=side), self.captions[row]
+
+
+def load_pairs(
+    data: str, split='train', holdout: str = '', caption_key: str = 'text', index_dir='', max_bad: float = 0
+) -> 'Pairs | Shards':
+    """data: 'easyvqa', a folder, or the tars of Shards, which index_dir and max_bad are for.
+    split: train, val or test.  holdout: 'red circle,blue triangle', say"""
+    if data.endswith('.tar'):
+        if holdout:
+            fail(f'--holdout {holdout}: not with shards, whose captions nobody has in a list')
+        return Shards(shard_files(data), caption_key, index_dir, max_bad)
     pairs = easyvqa(split) if data == 'easyvqa' else folder(Path(data), split, caption_key)
     if held := held_out(holdout):
         if missing := set(held) - set(map(pair_name, pairs.captions)):
@@ -275,11 +305,339 @@ def fingerprint(texts, files: list[Path | None]) -> dict[str, str]:
     """What a checkpoint knows the data of its run by.   texts: in their order, of any structure"""
     of = {'texts': texts, 'names of images': (file and file.parts[-2:] for file in files)}
     of['sizes of images'] = (file and file.stat().st_size for file in files)
+    return digests_of(of)
+
+
+def digests_of(of: dict[str, typing.Iterable]) -> dict[str, str]:
     digests = {what: hashlib.blake2b(digest_size=8) for what in of}
     for what, values in of.items():
         for value in values:
             digests[what].update(f'{value!r}\n'.encode())
     return {what: digest.hexdigest() for what, digest in digests.items()}
+
+
+# ------------------------------------------------------------------------------------------------- tar shards
+IMAGE_ENDINGS = 'jpg png webp jpeg gif jfif avif bmp tif tiff'.split()
+WINDOW = 16  # shards whose samples are mixed, see `order`
+IN_A_ROW = 100  # so many bad samples one after another stop a run
+INDEX_MARK = int.from_bytes(b'tar-idx1', 'little')
+
+
+def members(file):
+    """(key, ending, TarInfo, where it ends) of the members of a tar, by webdataset's rule: 'a/b.c.png' is the
+    'c.png' of the sample 'a/b'; what is hidden is no part of any, such as macOS' ._NAME.
+
+    Headers that are damaged are passed over, up to the next good one; a tar that is cut off ends there."""
+    with contextlib.suppress(tarfile.TarError, ValueError, OverflowError):
+        archive = tarfile.open(fileobj=file, mode='r:', ignore_zeros=True)
+        while member := archive.next():
+            where, slash, name = member.name.rpartition('/')
+            key, _, ending = name.partition('.')
+            if member.isreg() and key and ending:
+                yield where + slash + key, ending.lower(), member, archive.offset
+            archive.members.clear()
+
+
+def shard_files(pattern: str) -> list[str]:
+    """'a/{00..11}.tar' or {x,y} as the shell has it; or *; several with :: between, as in webdataset."""
+
+    def expanded(text: str) -> list[str]:
+        if not (found := re.search(r'\{([^{}]*)\}', text)):
+            return [text]
+        first, dots, last = found[1].partition('..')
+        values = found[1].split(',')
+        if dots:
+            with reading(f'--data {pattern}: {found[0]}', 'two numbers, such as {00000..01023}'):
+                values = [str(i).zfill(len(first)) for i in range(int(first), int(last) + 1)]
+        return [t for v in values for t in expanded(text[: found.start()] + v + text[found.end() :])]
+
+    def numeric(file: str) -> str:  # 10.tar is after 9.tar
+        return re.sub(r'\d+', lambda n: n[0].zfill(9), file)
+
+    parts = [part for text in pattern.split('::') for part in dict.fromkeys(expanded(text))]
+    lists = [sorted(glob.glob(p), key=numeric) if glob.has_magic(p) else [p] for p in parts]
+    return [file for files in lists for file in files] or fail(f'--data {pattern}: there is no such file')
+
+
+def index_shard(shard: str, index: str) -> None:
+    """The index of a shard: uint64 mark, size and mtime_ns of the shard, 2 × number of samples + (is it cut
+    off?); then for each sample uint32 the first of its blocks of 512 bytes and how many these are.
+
+    A sample is neighbours of one key; one that comes again, with the same ending too, is another sample."""
+    with open(shard, 'rb') as file:
+        stat, groups, last, end = os.fstat(file.fileno()), [], None, 0  # groups: [first, end, endings]
+        for key, ending, member, end in members(file):
+            if key != last or ending in groups[-1][2]:
+                groups.append([member.offset // 512, 0, set()])
+            last, groups[-1][1] = key, end // 512
+            groups[-1][2].add(ending)
+        file.seek(end)
+        cut = end > stat.st_size or any(file.read(512))
+    known = {*IMAGE_ENDINGS, 'txt', 'json', 'cls'}  # whatever the --caption_key
+    rows = np.array([(first, end - first) for first, end, endings in groups if endings & known], '<u4')
+    head = np.array([INDEX_MARK, stat.st_size, stat.st_mtime_ns, 2 * len(rows) + cut], '<u8')
+    beside = Path(f'{index}.{uuid.uuid4().hex}')  # of this process alone
+    write(beside, lambda f: f.write_bytes(head.tobytes() + rows.tobytes()))
+    os.replace(beside, index)
+
+
+def read_index(shard: str, index: str) -> tuple[int, int, bool] | None:
+    """(samples, size of the shard, whether it is cut off), if the index is there and of this shard. A shard
+    that is gone is taken at the word of its index: its samples keep their places."""
+    with contextlib.suppress(OSError, ValueError):
+        mark, size, mtime, count = np.fromfile(index, '<u8', 4).tolist()
+        with contextlib.suppress(OSError):
+            stat = os.stat(shard)
+            mark *= (size, mtime) == (stat.st_size, stat.st_mtime_ns)
+        if mark == INDEX_MARK and os.path.getsize(index) == 32 + count // 2 * 8:
+            return count // 2, size, bool(count % 2)
+
+
+@functools.lru_cache(2 * WINDOW)
+def opened(shard: str):
+    return open(shard, 'rb', buffering=0)
+
+
+@functools.lru_cache(2 * WINDOW)
+def mapped(index: str) -> np.ndarray:
+    return np.memmap(index, '<u4', 'r', 32).reshape(-1, 2)
+
+
+class Shards:
+    """Samples in tar files, for millions of them: in memory is a count for each shard. A sample is read as a
+    whole, at the place that its shard's index gives; the index is made when it is first needed, by all
+    processes together, beside the shard or in index_dir.
+
+    caption_key: a member's ending or a key of the sample's json; 'text' is the txt, or else that key. Of
+    several with weights, 'txt:0.2,alt:0.8', one is drawn for each sample; or another, where it is missing.
+    max_bad: fraction of the shards that may be unreadable; 0: none may even be cut off."""
+
+    augment = 'crop'
+
+    def __init__(self, files: list[str], caption_key: str = 'text', index_dir='', max_bad: float = 0):
+        self.files, self.index_dir, keys = (
+            files,
+            index_dir,
+            [k.rpartition(':') for k in caption_key.split(',')],
+        )
+        with reading(f'--caption_key {caption_key}', 'KEY, or KEY:WEIGHT,KEY:WEIGHT,…'):
+            self.keys = [(key or weight).strip() for key, _, weight in keys]
+            self.weights = np.cumsum([float(weight) if key else 1 for key, _, weight in keys])
+            if not (
+                all(self.keys)
+                and np.isfinite(self.weights[-1])
+                and (np.diff(self.weights, prepend=0) > 0).all()
+            ):
+                raise ValueError('an empty key, or a weight that is not positive')
+        rank, world = rank_and_world()
+        missing = [f for f in files if not read_index(f, self.index(f))]
+        if missing and not index_dir and not os.access(os.path.dirname(os.path.abspath(missing[0])), os.W_OK):
+            if world > 1:
+                fail(f'{missing[0]}: its index cannot be written beside it: give --index_dir')
+            self.index_dir, missing = tempfile.mkdtemp(), files
+            atexit.register(shutil.rmtree, self.index_dir, True)
+            print(f'note: no index can be written beside {missing[0]}: made anew each time', file=sys.stderr)
+        missing, why = gather_objects(missing)[0], {}
+        for i in tqdm(range(0, len(missing), world), 'index', disable=rank > 0 or not missing, unit='shard'):
+            for shard in missing[i + rank : i + rank + 1]:
+                try:
+                    os.makedirs(os.path.dirname(self.index(shard)) or '.', exist_ok=True)
+                    index_shard(shard, self.index(shard))
+                except OSError as e:
+                    why[shard] = str(e)
+            gather_objects(None)  # none waits for long
+        for cache in (opened, mapped):
+            cache.cache_clear()
+        found = gather_objects([read_index(f, self.index(f)) or (0, 0, False) for f in files])[0]
+        why = {shard: said for part in gather_objects(why) for shard, said in part.items()}
+        bad = [
+            f'{f}: {why.get(f, "no sample is in it, or it is no tar")}'
+            for f, of in zip(files, found)
+            if not of[0]
+        ]
+        cut = [f'{f}: it is cut off' for f, of in zip(files, found) if of[0] and of[2]]
+        if len(bad) > max_bad * len(files) or cut and not max_bad:
+            n, said = len(bad) or len(cut), '\n  '.join((bad or cut)[:10])
+            fail(f'--data: of {len(files)} shards {n} cannot be read as a whole shard:\n  {said}')
+        self.files = [f for f, of in zip(files, found) if of[0]]
+        self.sizes, self.bytes, _ = np.array([of for of in found if of[0]]).T
+        self.ends = np.cumsum(self.sizes)
+        self.note = f'{self.files[0]} …: {len(self)} pairs in {len(self.files)} shards'
+        self.note += ''.join(f'\nwarning: left out {said}' for said in bad[:10])
+        self.note += ''.join(f'\nwarning: {said}; what comes before is used' for said in cut[:10])
+
+    def __len__(self) -> int:
+        return int(self.sizes.sum())
+
+    def index(self, shard: str) -> str:
+        if not self.index_dir:
+            return shard + '.idx'
+        where, name = os.path.split(os.path.abspath(shard))  # shards of two folders may have one name
+        return f'{self.index_dir}/{hashlib.blake2b(where.encode(), digest_size=4).hexdigest()}-{name}.idx'
+
+    def fingerprint(self) -> dict[str, str]:
+        of = {'names of shards': (Path(f).parts[-2:] for f in self.files)}
+        return digests_of(of | {'sizes of shards': self.bytes.tolist(), 'samples': self.sizes.tolist()})
+
+    def members(self, row: int) -> tuple[str, dict[str, bytes]]:
+        """(name, {ending: content}) of a sample. BadSample: it cannot be read."""
+        shard = int(np.searchsorted(self.ends, row, 'right'))
+        tar = self.files[shard]
+        try:
+            first, blocks = mapped(self.index(tar))[row - self.ends[shard]].tolist()  # from the shard's end
+            content = os.pread(opened(tar).fileno(), 512 * blocks, 512 * first)
+        except (OSError, ValueError) as e:
+            raise BadSample('the shard cannot be read', f'{tar}: {e}') from None
+        found, name = {}, f'{tar}/sample {row}'
+        for key, ending, member, end in members(io.BytesIO(content)):
+            name = f'{tar}/{key}'
+            if end <= len(content):
+                found[ending] = content[member.offset_data : member.offset_data + member.size]
+        if not found or len(content) < 512 * blocks and not found.keys() & set(IMAGE_ENDINGS):
+            raise BadSample('the shard is cut off or damaged here', name)
+        return name, found
+
+    def image(self, name: str, found: dict[str, bytes], side: int = 0) -> Image.Image:
+        """BadSample: there is none; BadImage: it cannot be decoded."""
+        ending = next((e for e in IMAGE_ENDINGS if e in found), None)
+        if ending is None:
+            raise BadSample('no image', f'{name}: has {", ".join(found)}, but no jpg or png or webp')
+        return read_image(io.BytesIO(found[ending]), f'{name}.{ending}', side)
+
+    def caption(self, name: str, found: dict[str, bytes], seed: int, number: int) -> str:
+        """By the key that is drawn for this number, or another one. BadSample: by none of them."""
+        keys, why = self.keys, []
+        if len(keys) > 1:
+            drawn = torch.rand(1, generator=generator(seed, 'caption', number)).item() * self.weights[-1]
+            keys = [keys[np.searchsorted(self.weights, drawn, 'right')], *keys]
+        for key in keys:
+            ending = 'txt' if key == 'text' and 'txt' in found else key
+            try:
+                if ending in found:
+                    text = found[ending].decode('utf-8-sig')
+                else:
+                    text = from_json(found['json'].decode('utf-8-sig'))[key]
+                if text.strip():
+                    return text.strip()
+                why.append(('the caption is empty', f'{name}.{ending} holds no caption'))
+            except UnicodeError as e:
+                why.append(('the caption is not UTF-8', f'{name}.{ending}: {type(e).__name__}: {e}'))
+            except Exception:  # whatever is in the json
+                why.append(('no caption', f'{name}: has {", ".join(found)}, but no text {key} in any'))
+        raise BadSample(*why[0])
+
+    def read(self, row: int, side: int, seed: int, number: int) -> tuple[Image.Image, str]:
+        """(image, caption).   side: as in read_image; number: of the sample, which its caption is drawn by"""
+        name, found = self.members(row)
+        try:
+            return self.image(name, found, side), self.caption(name, found, seed, number)
+        except BadSample:
+            raise
+        except Exception as e:  # PIL has many kinds
+            raise BadSample('the image cannot be decoded', said_by(e)) from None
+
+    def texts(self, limit: int) -> list[str]:
+        """The captions of so many samples, evenly spaced; of all of them it would take hours."""
+        texts, bad, rows = [], [], np.linspace(0, len(self) - 1, min(limit, len(self))).astype(int).tolist()
+        for row in rows:
+            try:
+                texts.append(self.caption(*self.members(row), 0, row))
+            except BadSample as e:
+                bad.append(e.args[1])
+        return texts or fail(
+            f'--data: none of {len(rows)} samples has a caption (see --caption_key): {bad[0]}'
+        )
+
+
+# ------------------------------------------------------------------------- the command that writes shards
+def torchvision_set(name: str, split: str, root: str, download: bool) -> tuple[typing.Any, list[str], str]:
+    """(the set, its classes' names, split or '' if it is not divided) of a class of torchvision.datasets"""
+    kind = getattr(torchvision.datasets, name)
+    takes = inspect.signature(kind).parameters
+    if download and 'download' not in takes:
+        fail(f'--download: torchvision cannot fetch {name}; put it into --root {root}')
+    if 'train' in takes and 'split' not in takes and split not in ('train', 'test'):
+        fail(f'--split {split}: {name} has train and test')
+    settings = {'root': root, 'download': download, 'split': split, 'train': split == 'train'}
+    how = '' if download or 'download' not in takes else ' (--download fetches it)'
+    with reading(f'--data {name}, --split {split}, --root {root}', f'its files to be there{how}'):
+        images = kind(**{key: value for key, value in settings.items() if key in takes})
+    names = getattr(images, 'classes', None) or getattr(images, 'categories', [])
+    names = [c if isinstance(c, str) else c[0] for c in names]  # of synonyms the first
+    return images, names, split if {'train', 'split'} & set(takes) else ''
+
+
+def write_shards(src: str, out: Path, split: str, root: str, download: bool, per_shard: int) -> None:
+    """src as in `main`. A shard is there when it is whole. The samples are shuffled (training mixes those of
+    WINDOW shards only); files stay as they are, other images become PNG."""
+    if out.is_file() or out.is_dir() and any(out.iterdir()):
+        fail(f'{out} is not empty: give another OUT')
+    if per_shard < 1:
+        fail(f'--per_shard {per_shard}: must be positive')
+    names: list[str] = []
+    if src == 'easyvqa' or Path(src).is_dir() and tables_of(split_folder(Path(src), split)):
+        pairs = load_pairs(src, split)
+        n, item = len(pairs), lambda i: (pairs.files[i], pairs.captions[i])
+    else:
+        if Path(src).is_dir():
+            with reading(f'{src}', 'metadata.jsonl, or a folder of images for each class'):
+                images = torchvision.datasets.ImageFolder(str(split_folder(Path(src), split)))
+            names = images.classes
+        elif inspect.isclass(getattr(torchvision.datasets, src, None)):
+            images, names, _ = torchvision_set(src, split, root, download)
+        else:
+            fail(f'{src}: no such folder, and no class of torchvision.datasets')
+        n, names = len(images), [name.replace('_', ' ') for name in names]
+        item = (lambda i: images.samples[i]) if hasattr(images, 'samples') else (lambda i: images[i])
+    rows = torch.randperm(n, generator=generator(0, 'shards', 0)).tolist()
+
+    def content(numbers: range, file: Path) -> None:
+        with tarfile.open(file, 'w') as tar:
+            for number in numbers:
+                image, text = item(rows[number])
+                if isinstance(image, (str, Path)) and Path(image).suffix.lower()[1:] in IMAGE_ENDINGS:
+                    ending, encoded = Path(image).suffix.lower()[1:], Path(image).read_bytes()
+                else:
+                    image, png = read_image(image) if isinstance(image, (str, Path)) else image, io.BytesIO()
+                    image.save(png, 'PNG')
+                    ending, encoded = 'png', png.getvalue()
+                parts = {ending: encoded, 'txt': text}
+                if names:
+                    name = names[text]
+                    parts |= {
+                        'txt': f'a photo of {"an" if name[0] in "aeiouAEIOU" else "a"} {name}',
+                        'cls': f'{text}',
+                    }
+                for ending, part in parts.items():
+                    member = tarfile.TarInfo(f'{number:09}.{ending}')
+                    part = part.encode() if isinstance(part, str) else part
+                    member.size = len(part)
+                    tar.addfile(member, io.BytesIO(part))
+                bar.update()
+
+    out.mkdir(parents=True, exist_ok=True)
+    with tqdm(total=n, desc='shards', unit='sample') as bar:
+        for shard, first in enumerate(range(0, n, per_shard)):
+            write(
+                out / f'{shard:05}.tar', functools.partial(content, range(first, min(first + per_shard, n)))
+            )
+    if names:
+        write(out / 'classnames.txt', '\n'.join(names) + '\n')
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = Parser(description='Writes tar shards for clip_adv.py and eval.py: OUT/00000.tar, …')
+    parser.add_argument('command', choices=['shards'])
+    src = 'a folder with metadata.jsonl, one with a folder for each class, or a class of torchvision.datasets'
+    parser.add_argument('src', metavar='SRC', help=src)
+    parser.add_argument('out', metavar='OUT', type=Path, help='an empty or new folder')
+    parser.add_argument('--split', default='train')
+    parser.add_argument('--root', default='data', help="where torchvision's files are, or go to")
+    parser.add_argument('--download', action='store_true')
+    parser.add_argument('--per_shard', type=int, default=10_000, help='samples in a shard')
+    given = vars(parser.parse_args(argv))
+    del given['command']
+    write_shards(**given)
 
 
 # ---------------------------------------------------------------------------------------------- conversations
@@ -293,7 +651,7 @@ class Chat:
 
 
 class BadSample(ValueError):
-    """A conversation that cannot be learned from.   args: (kind, by which they are counted; more of it)"""
+    """A pair or conversation that cannot be learned from.   args: (kind, by which they are counted; more)"""
 
 
 @dataclass
@@ -424,14 +782,19 @@ class BadImage(ValueError):
     """An image that cannot be decoded; the message names it."""
 
 
-def read_image(file: Path | io.BytesIO, name: str = '') -> Image.Image:
-    """Decodes to RGB, upright as EXIF says: alpha on white, 16-bit scaled, palette and CMYK converted."""
+def read_image(file: Path | io.BytesIO, name: str = '', side: int = 0) -> Image.Image:
+    """Decodes to RGB, upright as EXIF says: alpha on white, 16-bit scaled, palette and CMYK converted.
+
+    side: a JPEG whose sides are n times as long or more is decoded at 1/n of its size, n = 2, 4 or 8"""
     try:
         with Image.open(file) as image:
+            if side:
+                image.draft(None, (side, side))
             image.load()
             return to_rgb(image)
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
-        raise BadImage(f'cannot decode the image {name or file}: {e}') from None
+        said = str(e).replace(repr(file), 'it')
+        raise BadImage(f'cannot decode the image {name or file}: {said}') from None
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -499,11 +862,30 @@ def random_crop(image: Image.Image, g: torch.Generator) -> Image.Image:
 
 
 # ---------------------------------------------------------------------------------------- the training stream
-class PairDataset(torch.utils.data.Dataset):
-    """Item (row, number) → (uint8 [3, S, S], token ids [L]); `number` counts samples since training began."""
+class PairBatch(typing.NamedTuple):
+    """Of shards, in which there can be bad samples; of other pairs just the first two."""
 
-    def __init__(self, pairs: Pairs, tokenizer: 'Tokenizer', fit: Fit, seed: int):
+    images: Tensor  # uint8 [b, 3, S, S]
+    tokens: Tensor  # int64 [b, L]
+    bad: list[tuple[int, str, str]]  # (number in the stream, kind, more) of those that others stand in for
+
+
+def collate_pairs(items: list[tuple]) -> PairBatch:
+    images, tokens = torch.utils.data.default_collate([item[:2] for item in items])
+    return PairBatch(images, tokens, [bad for *_, found in items for bad in found])
+
+
+class PairDataset(torch.utils.data.Dataset):
+    """Item (row, number) → (uint8 [3, S, S], token ids [L]); `number` counts samples since training began.
+
+    Shards: and [(number, kind, more)] of the bad samples met. Another one is in the place of such a sample,
+    drawn by (seed, number, attempt). After IN_A_ROW of them there is a blank one: `Run` stops, on all ranks.
+    """
+
+    def __init__(self, pairs: Pairs | Shards, tokenizer: 'Tokenizer', fit: Fit, seed: int):
         self.pairs, self.tokenizer, self.fit, self.seed = pairs, tokenizer, fit, seed
+        self.collate = collate_pairs if isinstance(pairs, Shards) else None
+        self.side = math.ceil(2 * fit.size / 0.9**0.5)  # of what random_crop leaves, twice the size at least
         self.shapes = pairs.augment == 'shapes'  # few and small: decoded, resized and encoded once
         self.images = [fit(read_image(f)) for f in pairs.files] if self.shapes else []
         self.tokens = tokenizer(pairs.captions) if self.shapes else None
@@ -513,24 +895,58 @@ class PairDataset(torch.utils.data.Dataset):
         g = generator(self.seed, 'augment', number)
         if self.shapes:
             return shift_and_flip(self.images[row], g), self.tokens[row]
-        image = self.fit(random_crop(read_image(self.pairs.files[row]), g))
-        return image, self.tokenizer([self.pairs.captions[row]])[0]
+        bad = []
+        for attempt in range(IN_A_ROW):
+            try:
+                image, caption = self.pairs.read(row, self.side, self.seed, number)
+                item = self.fit(random_crop(image, g)), self.tokenizer([caption])[0]
+                return (*item, bad) if self.collate else item
+            except BadSample as e:
+                bad.append((number, *e.args))
+                other = generator(self.seed, f'in place {attempt}', number)
+                row = int(torch.randint(len(self.pairs), (), generator=other))
+        return torch.zeros(3, *[self.fit.size] * 2, dtype=torch.uint8), self.tokenizer([''])[0], bad
 
 
-def order(n: int, batch_size: int, steps: range, seed: int, rank: int, world: int):
+def order(sizes: int | typing.Sequence[int], batch_size: int, steps: range, seed: int, rank: int, world: int):
     """Batch sampler: for each step the rank's share of the global batch, as (row, number of the sample).
+    sizes: samples in each shard, whose rows follow one another; or in the one that there is
 
-    The stream is epoch after epoch, each a permutation drawn from (seed, epoch) and used to its last sample;
-    step s takes samples s·B … s·B+B−1, rank r the r-th part of them: W ranks see what one process sees."""
+    The stream is epoch after epoch, each used to its last sample: the shards in an order drawn from (seed,
+    epoch), and of WINDOW of them at a time all samples in an order drawn from (seed, epoch, window). So only
+    these shards are in use, and only their samples' order is in memory (2 bytes or 4 a sample); with 10,000
+    samples in a shard, a large batch of 32,768 is a fifth of a window.
+    Step s takes samples s·B … s·B+B−1, rank r the r-th part of them: W ranks see what one process sees. It
+    is a function of the step: nothing has to be played back to go on from there."""
+    sizes = np.atleast_1d(sizes)
+    starts, n = np.cumsum(sizes) - sizes, int(sizes.sum())
 
-    @functools.lru_cache(2)  # a batch may straddle two epochs
-    def permutation(epoch: int) -> list[int]:
-        return torch.randperm(n, generator=generator(seed, 'epoch', epoch)).tolist()
+    def shards(epoch: int) -> tuple[torch.Generator, np.ndarray]:
+        g = generator(seed, 'epoch', epoch)
+        return g, torch.randperm(len(sizes), generator=g).numpy()  # draws nothing where there is one
+
+    @functools.lru_cache(1)
+    def first_of_windows(epoch: int) -> np.ndarray:
+        """Number, in the epoch, of each window's first sample."""
+        return np.cumsum(np.append(0, sizes[shards(epoch)[1]]))[:-1:WINDOW]
+
+    @functools.lru_cache(1)  # numbers only rise
+    def rows(epoch: int, window: int) -> np.ndarray:
+        g, those = shards(epoch)
+        g = generator(seed, f'epoch {epoch} window', window) if window else g
+        those = those[window * WINDOW :][:WINDOW]
+        kind = np.min_scalar_type(n)
+        found = np.concatenate([np.arange(starts[i], starts[i] + sizes[i], dtype=kind) for i in those])
+        return found[torch.randperm(len(found), generator=g).numpy()]
+
+    def row(number: int) -> int:
+        epoch, position = divmod(number, n)
+        window = int(np.searchsorted(first_of_windows(epoch), position, 'right')) - 1
+        return int(rows(epoch, window)[position - first_of_windows(epoch)[window]])
 
     share = range(rank * batch_size // world, (rank + 1) * batch_size // world)
     for step in steps:
-        numbers = [step * batch_size + position for position in share]
-        yield [(permutation(number // n)[number % n], number) for number in numbers]
+        yield [(row(number), number) for number in (step * batch_size + position for position in share)]
 
 
 def loader(dataset, order, workers: int = 0, collate=None):
@@ -1251,8 +1667,8 @@ def versions() -> dict[str, str]:
 # ---------------------------------------------------------------------------------------------- run directory
 STATE = {'step': int, **dict.fromkeys(('config', 'model', 'optimizer', 'data'), dict)}  # of a checkpoint
 # settings that change no result, but for rounding
-FREE_ON_RESUME = 'out resume workers compile micro_batch log_every save_every chat max_bad plan mfu gpu'
-FREE_ON_RESUME = set(FREE_ON_RESUME.split())
+FREE_ON_RESUME = 'out resume workers compile micro_batch log_every save_every chat max_bad index_dir'
+FREE_ON_RESUME = {*FREE_ON_RESUME.split(), 'plan', 'mfu', 'gpu'}
 
 
 def write(path: Path, content, kept_as: str = '') -> None:
@@ -1424,6 +1840,7 @@ class Run:
             fail(f'{self.out}/train_state.pt is after update {first_step} of {steps}: it is not of this run')
         self.handlers = hear(self.on_signal)
         self.unwritten = ''
+        self.bad, self.new_bad, self.new_samples, self.samples, self.row = Counter(), [], 0, 0, (-2, 0)
         if self.rank > 0:
             return
         before = settings_of(self.out) if first_step else {}
@@ -1498,7 +1915,13 @@ class Run:
     def read(self, batches):
         """The batches; an image that cannot be decoded ends the run with its name."""
         try:
-            yield from batches
+            for batch in batches:
+                if isinstance(batch, PairBatch):
+                    self.new_bad, self.new_samples = self.new_bad + batch.bad, self.new_samples + len(
+                        batch.images
+                    )
+                    batch = batch[:2]
+                yield batch
         except BadImage as e:  # from a worker it comes with the worker's traceback before it
             said = str(e).strip().splitlines()[-1]
             what_now = 'With the same file put back, --resume; with another one, train in another --out'
@@ -1517,7 +1940,35 @@ class Run:
         """The signal that any of the ranks got, or 0. When torchrun is gone, nobody else ends its ranks."""
         if launcher_gone():
             self.signal = self.signal or signal.SIGTERM
-        return max(gather_objects(self.signal))
+        signals, bad, samples = zip(*gather_objects((self.signal, self.new_bad, self.new_samples)))
+        self.new_bad, self.new_samples = [], 0
+        self.count_bad(sorted(sum(bad, [])), sum(samples))
+        return max(signals)
+
+    def count_bad(self, found: list[tuple[int, str, str]], samples: int) -> None:
+        """Of an update: the bad samples of all ranks, as PairBatch has them. Too many, and all ranks stop."""
+        longest, before = 0, self.bad.total()
+        for number, kind, more in found:
+            last, length = self.row
+            self.row = number, length + 1 if number <= last + 1 else 1
+            longest = max(longest, self.row[1])
+            self.bad[kind] += 1
+            if self.rank == 0 and self.bad.total() <= 10:
+                print(f'warning: {kind}: {more}; another sample takes its place', file=sys.stderr)
+        self.samples, total = self.samples + samples, self.bad.total()
+        if (
+            self.rank == 0 and total.bit_length() > before.bit_length() and total > 10
+        ):  # again and again as many
+            print(f'warning: {self.bad_samples()}', file=sys.stderr)
+        if longest >= IN_A_ROW or self.samples >= 1000 and total > self.cfg.max_bad * (self.samples + total):
+            often = (
+                f'{IN_A_ROW} in a row' if longest >= IN_A_ROW else f'more than --max_bad {self.cfg.max_bad:g}'
+            )
+            fail(f'{often}: {self.bad_samples()}; stopped, {self.kept()}')
+
+    def bad_samples(self) -> str:
+        kinds = ', '.join(f'{n} × {kind}' for kind, n in self.bad.most_common())
+        return f'{self.bad.total()} bad samples beside {self.samples} good ones since the start ({kinds})'
 
     def leave(self, step: int, number: int) -> None:
         """After a signal, when everything is saved."""
@@ -1533,6 +1984,8 @@ class Run:
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
         if self.rank == 0:
+            if self.bad:
+                print(self.bad_samples())
             print(f'done: {self.steps} updates, {(time.time() - self.started) / 60:.1f} minutes; {what_now}')
         self.end_processes()
 
@@ -1540,3 +1993,7 @@ class Run:
         if dist.is_initialized():
             dist.barrier()
             dist.destroy_process_group()
+
+
+if __name__ == '__main__':
+    main()

@@ -21,7 +21,6 @@ import fcntl
 import glob
 import hashlib
 import inspect
-import io
 import itertools
 import json
 import math
@@ -30,7 +29,6 @@ import re
 import shlex
 import signal
 import sys
-import tarfile
 import textwrap
 import time
 from collections import Counter
@@ -104,7 +102,8 @@ class Kept:
             return
         ends = ('.safetensors', '.bin', '.json', '.jinja', '.model', '.txt')
         used = [file for p in args.dirs for file in Path(p).glob('*.*') if file.suffix in ends]
-        used += [Path(name, part) for name in args.data for part in ('', args.split)]
+        for place in (Path(name, part) for name in args.data for part in ('', args.split)):
+            used += [*place.glob('*.tar')] or [place]  # an index that is written there changes the folder
         flags = ('classnames', 'templates', 'annotations')
         used += [Path(getattr(args, flag, '') or 'none') for flag in flags]
         used += Path(__file__).parent.glob('*.py')
@@ -169,7 +168,12 @@ def say_what_was_trained_on(args, runs: list[Path]) -> None:
     for run, name in itertools.product(runs, map(Path, args.data)):
         of = data.settings_of(run)['config'].get('data', '')
         if os.path.realpath(of) == os.path.realpath(name) and args.rank == 0:
-            if args.split == 'train' or name.is_dir() and data.split_folder(name, args.split) == name:
+            if (
+                args.split == 'train'
+                or name.suffix == '.tar'
+                or name.is_dir()
+                and data.split_folder(name, args.split) == name
+            ):
                 print(f'note: {run} was trained on these images', file=sys.stderr)
 
 
@@ -390,7 +394,8 @@ def average(rows: list[dict]) -> list[dict]:
 def load_set(name: str, args) -> 'ClassSet':
     how = (args.root, args.download, args.classnames, args.templates, args.caption_key)
     read = partial(class_set, name, args.split, *how)
-    images = read() if args.rank == 0 or not args.download else None  # the others find what rank 0 fetches
+    fetched = args.download and not name.endswith('.tar') and not Path(name).exists()
+    images = read() if args.rank == 0 or not fetched else None  # the others find what rank 0 fetches
     data.gather_objects(None)
     return images or read()
 
@@ -447,7 +452,8 @@ def retrieval(args) -> Report:
     """recall@k: is one of an image's captions among the k nearest texts, and the other way?
 
     Attacked are the images, against all their captions (image → text); text → image is measured on the same.
-    DIR: a CLIP each. --data: 'easyvqa', a folder with metadata.jsonl or SPLIT/*.tar of images and texts."""
+    DIR: a CLIP each. --data: 'easyvqa', a folder with metadata.jsonl or SPLIT/*.tar, or 'SPLIT/*.tar'.
+    """
     rows, outcomes, images = [], [], caption_set(args.data[0], args.split, args.caption_key)
     numbers = sample(len(images[0]), args.data[0], args)
     for path in args.dirs:
@@ -1263,16 +1269,25 @@ def class_set(
     name, split='test', root='data', download=False, classnames='', templates='', caption_key='text'
 ) -> ClassSet:
     """name: 'easyvqa'; a folder (metadata.jsonl, whose captions are the classes; CLIP_benchmark's layout:
-    classnames.txt, SPLIT/*.tar; or a folder for each class); or a class of torchvision.datasets.
+    classnames.txt, SPLIT/*.tar; or one for each class); 'SPLIT/*.tar'; or a class of torchvision.datasets.
     classnames, templates: files, a line each, instead of the data's own; templates: or a key of TEMPLATES."""
-    path, file, whose = Path(name), classnames, 'captions'
-    named = file or (path / 'classnames.txt').is_file() or any((path / split).glob('*.tar'))
+    path, file, whose, pattern = Path(name), classnames, 'captions', name.endswith('.tar')
+    inner = Path(data.shard_files(name)[0]).parent if pattern else path / split
+    tars = name if pattern else inner if any(inner.glob('*.tar')) else None
+    named = file or tars or (path / 'classnames.txt').is_file()
+
+    def shipped(file: str) -> Path:
+        return inner / file if (inner / file).is_file() else inner.parent / file
+
     nested = path.is_dir() and not named and data.tables_of(data.split_folder(path, split))
     if name == 'easyvqa' or data.has_table(path) or data.has_table(path / split) or nested:
         found = captions_as_classes(name, split, caption_key)
+    elif tars:
+        how = (name, '') if pattern else (f'{path}, split {split}', split)
+        found = shards(tars, shipped('zeroshot_classification_templates.txt'), *how)
+        file = file or shipped('classnames.txt')
     elif path.is_dir():
-        found = (shards if any((path / split).glob('*.tar')) else image_folder)(path, split)
-        file = file or path / 'classnames.txt'
+        found, file = image_folder(path, split), file or path / 'classnames.txt'
     elif inspect.isclass(getattr(torchvision.datasets, name, None)):
         found = from_torchvision(name, split, root, download)
         whose = 'CLIP_benchmark' if name in TEMPLATES else 'torchvision'
@@ -1316,54 +1331,38 @@ def captions_as_classes(name: str, split: str, caption_key: str) -> ClassSet:
     return ClassSet(len(of), lambda i: (data.read_image(of[i]), labels[i]), *how)
 
 
-class Shards:
-    """Samples in tar files, the webdataset convention: files of one name and several endings are one sample.
-    Only the headers are read at first, the contents when asked for, in any order; 10.tar is after 9.tar."""
-
-    def __init__(self, folder: Path):
-        found: dict[tuple[Path, str], dict] = {}  # {(tar, key): {ending: (offset, size)}}
-        tars = sorted(folder.glob('*.tar'), key=lambda p: re.sub(r'\d+', lambda n: n[0].zfill(9), p.name))
-        said = folder / 'nshards.txt'
-        if said.is_file() and (text := data.read_text(said, '--data').strip()) != str(len(tars)):
-            data.fail(f'{said} says {text} shards; there are {len(tars)} *.tar')
-        for tar in tars:
-            with data.reading(f'cannot read {tar}', 'a whole shard'), tarfile.open(tar, 'r:') as archive:
-                for member in filter(tarfile.TarInfo.isfile, archive):
-                    data.inside(folder, member.name)
-                    where, slash, file = member.name.rpartition('/')
-                    key, _, ending = file.partition('.')
-                    if key and ending:  # else it is hidden, as macOS' ._NAME, or no part of a sample
-                        files = found.setdefault((tar, where + slash + key), {})
-                        files[ending.lower()] = member.offset_data, member.size
-        self.samples = list(found.items())
-
-    def read(self, number: int, endings: list[str]) -> tuple[bytes, str]:
-        """(content, name) of the file of that sample which has one of the endings"""
-        (tar, key), files = self.samples[number]
-        ending = next((e for e in endings if e in files), None)
-        if ending is None:
-            data.fail(f'{tar}: the sample {key} has {", ".join(files)}, but no {" or ".join(endings)}')
-        offset, size = files[ending]
-        with open(tar, 'rb') as file:
-            file.seek(offset)
-            return file.read(size), f'{tar}/{key}.{ending}'
-
-    def image(self, number: int) -> Image.Image:
-        content, name = self.read(number, 'jpg png webp jpeg gif jfif avif bmp tif tiff'.split())
-        return data.read_image(io.BytesIO(content), name)
-
-    def item(self, number: int) -> tuple[Image.Image, int]:
-        content, name = self.read(number, ['cls'])
-        if not content.strip().removeprefix(b'-').isdigit():
-            data.fail(f'{name}: {content[:20]!r} is no class number')
-        return self.image(number), int(content)
+@contextlib.contextmanager
+def strict():
+    """A bad sample of a shard, which training passes over, is an error."""
+    try:
+        yield
+    except data.BadSample as e:
+        data.fail(e.args[1])
 
 
-def shards(path: Path, split: str) -> ClassSet:
+def tars_in(where: Path | str, caption_key: str = 'text') -> data.Shards:
+    """where: a folder of tars, of which nshards.txt, if it is there, says how many; or a pattern of tars"""
+    files = data.shard_files(where if isinstance(where, str) else f'{glob.escape(str(where))}/*.tar')
+    said = Path(where) / 'nshards.txt'
+    if said.is_file() and (text := data.read_text(said, '--data').strip()) != str(len(files)):
+        data.fail(f'{said} says {text} shards; there are {len(files)} *.tar')
+    return data.Shards(files, caption_key)
+
+
+def shards(where: Path | str, templates: Path, note: str, split: str) -> ClassSet:
     """CLIP_benchmark's layout: classnames.txt, templates, SPLIT/*.tar with images and .cls"""
-    tars, shipped = Shards(path / split), path / 'zeroshot_classification_templates.txt'
-    templates = read_lines(shipped, 'templates') if shipped.is_file() else TEMPLATES['imagenet']
-    return ClassSet(len(tars.samples), tars.item, [], templates, f'{path}, split {split}', split)
+    tars = tars_in(where)
+
+    def item(number: int) -> tuple[Image.Image, int]:
+        with strict():
+            name, found = tars.members(number)
+            if not (label := found.get('cls', b'').strip()).removeprefix(b'-').isdigit():
+                had = f'{label[:20]!r} is no class number' if 'cls' in found else 'but no cls'
+                data.fail(f'{name}: has {", ".join(found)}, {had}')
+            return tars.image(name, found), int(label)
+
+    used = read_lines(templates, 'templates') if templates.is_file() else TEMPLATES['imagenet']
+    return ClassSet(len(tars), item, [], used, note, split)
 
 
 def image_folder(path: Path, split: str) -> ClassSet:
@@ -1385,21 +1384,10 @@ def image_folder(path: Path, split: str) -> ClassSet:
 
 def from_torchvision(name: str, split: str, root: str, download: bool) -> ClassSet:
     """Any data set of torchvision whose items are (image, label), with CLIP_benchmark's names where known."""
-    kind = getattr(torchvision.datasets, name)
-    takes = inspect.signature(kind).parameters
-    if download and 'download' not in takes:
-        data.fail(f'--download: torchvision cannot fetch {name}; put it into --root {root}')
-    if 'train' in takes and 'split' not in takes and split not in ('train', 'test'):
-        data.fail(f'--split {split}: {name} has train and test')
-    settings = {'root': root, 'download': download, 'split': split, 'train': split == 'train'}
-    how = '' if download or 'download' not in takes else ' (--download fetches it)'
-    with data.reading(f'--data {name}, --split {split}, --root {root}', f'its files to be there{how}'):
-        images = kind(**{key: value for key, value in settings.items() if key in takes})
-    theirs = getattr(images, 'classes', None) or getattr(images, 'categories', [])
+    images, theirs, split = data.torchvision_set(name, split, root, download)
     classes, marks = listed(CLASS_NAMES.get(name, '')), {'CIFAR100': '', 'SUN397': '_/'}.get(name, '_')
     if name not in CLASS_NAMES or '=' in CLASS_NAMES[name]:  # marks: what CLIP_benchmark turns into spaces
         renamed, spaced = dict(c.split('=') for c in classes if c), str.maketrans(marks, ' ' * len(marks))
-        theirs = [c if isinstance(c, str) else c[0] for c in theirs]  # of synonyms the first
         classes = [renamed.get(c) or c.translate(spaced) for c in theirs]
     if len(theirs) not in (0, len(classes)):
         data.fail(f'--data {name}: {len(theirs)} classes in --root {root}, of {len(classes)}')
@@ -1409,7 +1397,6 @@ def from_torchvision(name: str, split: str, root: str, download: bool) -> ClassS
             image, label = images[number]
             return data.to_rgb(image), int(label)
 
-    split = split if {'train', 'split'} & set(takes) else ''
     templates, note = TEMPLATES.get(name, TEMPLATES['imagenet']), f'torchvision.datasets.{name} {split}'
     return ClassSet(len(images), item, classes, templates, note.strip(), split)
 
@@ -1418,17 +1405,19 @@ def caption_set(
     name: str, split='test', caption_key='text'
 ) -> tuple[list[list[str]], Callable[[int], Image.Image]]:
     """(captions of each image, number → image) of 'easyvqa', a folder with metadata.jsonl (an image may have
-    several lines), or shards of images and .txt files with a caption a line (CLIP_benchmark's MS-COCO)"""
-    folder = data.split_folder(Path(name), split)
-    if any(folder.glob('*.tar')):
-        tars, captions = Shards(folder), []
-        for i in range(len(tars.samples)):
-            text, file = tars.read(i, ['txt'])
-            with data.reading(f'cannot read {file}', 'captions in UTF-8'):
-                captions.append([c.strip() for c in text.decode('utf-8-sig').split('\n') if c.strip()])
-            if not captions[-1]:
-                data.fail(f'{file} holds no caption')
-        return captions, tars.image
+    several lines), or shards, whose texts have a caption a line (CLIP_benchmark's MS-COCO)"""
+    pattern = name.endswith('.tar')
+    where = name if pattern else data.split_folder(Path(name), split)
+    if pattern or any(where.glob('*.tar')):
+        tars = tars_in(where, caption_key)
+
+        def image(number: int) -> Image.Image:
+            with strict():
+                return tars.image(*tars.members(number))
+
+        with strict():
+            texts = [tars.caption(*tars.members(i), 0, i) for i in range(len(tars))]
+        return [[c.strip() for c in text.split('\n') if c.strip()] for text in texts], image
     pairs, of = data.load_pairs(name, split, caption_key=caption_key), {}
     for file, caption in zip(pairs.files, pairs.captions):
         of.setdefault(file, []).append(caption)
@@ -1722,7 +1711,7 @@ HELP = {
     'quiet': 'no progress bar',
     'data': "'easyvqa', or what is said above; a folder as for training",
     'split': 'choose on val, report on test',
-    'caption_key': 'which key of metadata.jsonl (column of metadata.csv) has the captions',
+    'caption_key': 'which key of metadata.jsonl (column of metadata.csv) or of shards has the captions',
     'n': 'images (questions of each kind), drawn by --seed; 0: all',
     'attack': '; '.join(f'{name}: {text}' for name, text in ATTACKS.items()),
     'eps': 'radius in 1/255',

@@ -448,8 +448,8 @@ def test_retrieval(run, circles, tmp_path, capsys):
 
 def test_retrieval_from_shards(run, circles, tmp_path):
     write_shards(tmp_path, circles)
-    old = evaluation.Shards(tmp_path / 'test')
-    pngs = [old.read(i, ('png',))[0] for i in range(4)]
+    old = evaluation.tars_in(tmp_path / 'test')
+    pngs = [old.members(i)[1]['png'] for i in range(4)]
     with tarfile.open(tmp_path / 'test' / '0.tar', 'w') as tar:
         for i in range(4):
             for ending, content in (('png', pngs[i]), ('txt', f'a red circle\ncaption {i}\n'.encode())):

@@ -95,7 +95,7 @@ def test_webdataset_reads_the_same(benchmark):
         (lambda d: (d / 'test' / '3.tar').write_bytes((d / 'test' / '3.tar').read_bytes()[:600]), '3.tar'),
         (
             lambda d: tar(d / 'test' / '3.tar', {'a.png': encoded(picture()), 'a.txt': b''}),
-            '3.tar: the sample a has png, txt, but no cls',
+            '3.tar/a: has png, txt, but no cls',
         ),
         (lambda d: tar(d / 'test' / '3.tar', {'a.cls': b'0'}), 'no jpg or png'),
         (

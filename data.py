@@ -351,12 +351,10 @@ def shard_files(pattern: str) -> list[str]:
                 values = [str(i).zfill(len(first)) for i in range(int(first), int(last) + 1)]
         return [t for v in values for t in expanded(text[: found.start()] + v + text[found.end() :])]
 
-    def numeric(file: str) -> str:  # 10.tar is after 9.tar
-        return re.sub(r'\d+', lambda n: n[0].zfill(9), file)
-
     parts = [part for text in pattern.split('::') for part in dict.fromkeys(expanded(text))]
-    lists = [sorted(glob.glob(p), key=numeric) if glob.has_magic(p) else [p] for p in parts]
-    return [file for files in lists for file in files] or fail(f'--data {pattern}: there is no such file')
+    by_number = functools.partial(re.sub, r'\d+', lambda n: n[0].zfill(9))  # 10.tar is after 9.tar
+    lists = [sorted(glob.glob(p), key=by_number) if glob.has_magic(p) else [p] for p in parts]
+    return sum(lists, []) or fail(f'--data {pattern}: there is no such file')
 
 
 def index_shard(shard: str, index: str) -> None:
@@ -415,56 +413,49 @@ class Shards:
     augment = 'crop'
 
     def __init__(self, files: list[str], caption_key: str = 'text', index_dir='', max_bad: float = 0):
-        self.files, self.index_dir, keys = (
-            files,
-            index_dir,
-            [k.rpartition(':') for k in caption_key.split(',')],
-        )
-        with reading(f'--caption_key {caption_key}', 'KEY, or KEY:WEIGHT,KEY:WEIGHT,…'):
-            self.keys = [(key or weight).strip() for key, _, weight in keys]
-            self.weights = np.cumsum([float(weight) if key else 1 for key, _, weight in keys])
-            if not (
-                all(self.keys)
-                and np.isfinite(self.weights[-1])
-                and (np.diff(self.weights, prepend=0) > 0).all()
-            ):
-                raise ValueError('an empty key, or a weight that is not positive')
-        rank, world = rank_and_world()
-        missing = [f for f in files if not read_index(f, self.index(f))]
-        if missing and not index_dir and not os.access(os.path.dirname(os.path.abspath(missing[0])), os.W_OK):
+        pattern = re.compile(r'\s*([^\s:]+)(?::(?=[\d.]*[1-9])(\d*\.?\d*))?\s*')
+        keys = [pattern.fullmatch(key) for key in caption_key.split(',')]
+        if not all(keys):
+            fail(f'--caption_key {caption_key}: must be KEY, or KEY:WEIGHT,KEY:WEIGHT,… (positive weights)')
+        self.keys, self.weights = [key[1] for key in keys], np.cumsum([float(key[2] or 1) for key in keys])
+        self.index_dir, (rank, world) = index_dir, rank_and_world()
+        missing = gather_objects([f for f in files if not read_index(f, self.index(f))])[0]
+        if index_dir:
+            with reading(f'--index_dir {index_dir}', 'a folder that can be made'):
+                os.makedirs(index_dir, exist_ok=True)
+        elif missing and not os.access(Path(missing[0]).absolute().parent, os.W_OK):
             if world > 1:
                 fail(f'{missing[0]}: its index cannot be written beside it: give --index_dir')
+            print(f'note: no index can be written beside {missing[0]}: made anew each time', file=sys.stderr)
             self.index_dir, missing = tempfile.mkdtemp(), files
             atexit.register(shutil.rmtree, self.index_dir, True)
-            print(f'note: no index can be written beside {missing[0]}: made anew each time', file=sys.stderr)
-        missing, why = gather_objects(missing)[0], {}
+        wrong = {}
         for i in tqdm(range(0, len(missing), world), 'index', disable=rank > 0 or not missing, unit='shard'):
+            failed = {}
             for shard in missing[i + rank : i + rank + 1]:
                 try:
-                    os.makedirs(os.path.dirname(self.index(shard)) or '.', exist_ok=True)
                     index_shard(shard, self.index(shard))
                 except OSError as e:
-                    why[shard] = str(e)
-            gather_objects(None)  # none waits for long
-        for cache in (opened, mapped):
-            cache.cache_clear()
+                    failed[shard] = str(e)
+            for those in gather_objects(failed):  # at each of them, so that none waits for long
+                wrong |= those
+        opened.cache_clear(), mapped.cache_clear()
         found = gather_objects([read_index(f, self.index(f)) or (0, 0, False) for f in files])[0]
-        why = {shard: said for part in gather_objects(why) for shard, said in part.items()}
-        bad = [
-            f'{f}: {why.get(f, "no sample is in it, or it is no tar")}'
-            for f, of in zip(files, found)
-            if not of[0]
-        ]
-        cut = [f'{f}: it is cut off' for f, of in zip(files, found) if of[0] and of[2]]
-        if len(bad) > max_bad * len(files) or cut and not max_bad:
-            n, said = len(bad) or len(cut), '\n  '.join((bad or cut)[:10])
-            fail(f'--data: of {len(files)} shards {n} cannot be read as a whole shard:\n  {said}')
-        self.files = [f for f, of in zip(files, found) if of[0]]
-        self.sizes, self.bytes, _ = np.array([of for of in found if of[0]]).T
+        whole = [(f, samples, size) for f, (samples, size, _) in zip(files, found) if samples]
+        for f, (samples, _, is_cut) in zip(files, found):
+            if is_cut or not samples:
+                wrong.setdefault(f, 'it is cut off' if samples else 'no sample is in it, or it is no tar')
+        said = [f'{f}: {why}' for f, why in wrong.items()][:10]
+        if len(files) - len(whole) > max_bad * len(files) or wrong and not max_bad:
+            fail(
+                f'--data: {len(wrong)} of {len(files)} shards cannot be read as a whole:\n  '
+                + '\n  '.join(said)
+            )
+        self.files, *columns = zip(*whole)
+        self.sizes, self.bytes = map(np.array, columns)
         self.ends = np.cumsum(self.sizes)
-        self.note = f'{self.files[0]} …: {len(self)} pairs in {len(self.files)} shards'
-        self.note += ''.join(f'\nwarning: left out {said}' for said in bad[:10])
-        self.note += ''.join(f'\nwarning: {said}; what comes before is used' for said in cut[:10])
+        self.note = f'{self.files[0]} …: {len(self)} pairs in {len(self.files)} of {len(files)} shards'
+        self.note += ''.join(f'\nwarning: {line}' for line in said)
 
     def __len__(self) -> int:
         return int(self.sizes.sum())
@@ -544,12 +535,10 @@ class Shards:
                 texts.append(self.caption(*self.members(row), 0, row))
             except BadSample as e:
                 bad.append(e.args[1])
-        return texts or fail(
-            f'--data: none of {len(rows)} samples has a caption (see --caption_key): {bad[0]}'
-        )
+        return texts or fail(f'--caption_key: no caption in any of {len(rows)} samples: {bad[0]}')
 
 
-# ------------------------------------------------------------------------- the command that writes shards
+# --------------------------------------------------------------------------- the command that writes shards
 def torchvision_set(name: str, split: str, root: str, download: bool) -> tuple[typing.Any, list[str], str]:
     """(the set, its classes' names, split or '' if it is not divided) of a class of torchvision.datasets"""
     kind = getattr(torchvision.datasets, name)
@@ -574,53 +563,49 @@ def write_shards(src: str, out: Path, split: str, root: str, download: bool, per
         fail(f'{out} is not empty: give another OUT')
     if per_shard < 1:
         fail(f'--per_shard {per_shard}: must be positive')
-    names: list[str] = []
     if src == 'easyvqa' or Path(src).is_dir() and tables_of(split_folder(Path(src), split)):
-        pairs = load_pairs(src, split)
+        pairs, names = load_pairs(src, split), []
         n, item = len(pairs), lambda i: (pairs.files[i], pairs.captions[i])
     else:
         if Path(src).is_dir():
-            with reading(f'{src}', 'metadata.jsonl, or a folder of images for each class'):
+            with reading(src, 'metadata.jsonl, or a folder of images for each class'):
                 images = torchvision.datasets.ImageFolder(str(split_folder(Path(src), split)))
             names = images.classes
         elif inspect.isclass(getattr(torchvision.datasets, src, None)):
             images, names, _ = torchvision_set(src, split, root, download)
         else:
             fail(f'{src}: no such folder, and no class of torchvision.datasets')
-        n, names = len(images), [name.replace('_', ' ') for name in names]
-        item = (lambda i: images.samples[i]) if hasattr(images, 'samples') else (lambda i: images[i])
+        n, names = len(images), [name.replace('_', ' ') for name in names] or fail(f'{src}: no class names')
+        item = getattr(images, 'samples', images).__getitem__  # of an ImageFolder the files
     rows = torch.randperm(n, generator=generator(0, 'shards', 0)).tolist()
+
+    def parts(image: str | Path | Image.Image, said: str | int) -> dict[str, bytes]:
+        """{ending: content}.   said: the caption, or the number of the class"""
+        found, ending = {}, 'PIL' if isinstance(image, Image.Image) else Path(image).suffix.lower()[1:]
+        if ending in IMAGE_ENDINGS:
+            found[ending] = Path(image).read_bytes()
+        else:
+            (image if ending == 'PIL' else read_image(image)).save(png := io.BytesIO(), 'PNG')
+            found['png'] = png.getvalue()
+        if names:
+            name, found['cls'] = names[int(said)], b'%d' % said
+            said = f'a photo of {"an" if name[:1].lower() in [*"aeiou"] else "a"} {name}'
+        return found | {'txt': said.encode()}
 
     def content(numbers: range, file: Path) -> None:
         with tarfile.open(file, 'w') as tar:
             for number in numbers:
-                image, text = item(rows[number])
-                if isinstance(image, (str, Path)) and Path(image).suffix.lower()[1:] in IMAGE_ENDINGS:
-                    ending, encoded = Path(image).suffix.lower()[1:], Path(image).read_bytes()
-                else:
-                    image, png = read_image(image) if isinstance(image, (str, Path)) else image, io.BytesIO()
-                    image.save(png, 'PNG')
-                    ending, encoded = 'png', png.getvalue()
-                parts = {ending: encoded, 'txt': text}
-                if names:
-                    name = names[text]
-                    parts |= {
-                        'txt': f'a photo of {"an" if name[0] in "aeiouAEIOU" else "a"} {name}',
-                        'cls': f'{text}',
-                    }
-                for ending, part in parts.items():
+                for ending, part in parts(*item(rows[number])).items():
                     member = tarfile.TarInfo(f'{number:09}.{ending}')
-                    part = part.encode() if isinstance(part, str) else part
                     member.size = len(part)
                     tar.addfile(member, io.BytesIO(part))
                 bar.update()
 
     out.mkdir(parents=True, exist_ok=True)
     with tqdm(total=n, desc='shards', unit='sample') as bar:
-        for shard, first in enumerate(range(0, n, per_shard)):
-            write(
-                out / f'{shard:05}.tar', functools.partial(content, range(first, min(first + per_shard, n)))
-            )
+        for first in range(0, n, per_shard):
+            numbers = range(first, min(first + per_shard, n))
+            write(out / f'{first // per_shard:05}.tar', functools.partial(content, numbers))
     if names:
         write(out / 'classnames.txt', '\n'.join(names) + '\n')
 

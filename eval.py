@@ -168,12 +168,8 @@ def say_what_was_trained_on(args, runs: list[Path]) -> None:
     for run, name in itertools.product(runs, map(Path, args.data)):
         of = data.settings_of(run)['config'].get('data', '')
         if os.path.realpath(of) == os.path.realpath(name) and args.rank == 0:
-            if (
-                args.split == 'train'
-                or name.suffix == '.tar'
-                or name.is_dir()
-                and data.split_folder(name, args.split) == name
-            ):
+            whole = name.suffix == '.tar' or name.is_dir() and data.split_folder(name, args.split) == name
+            if args.split == 'train' or whole:
                 print(f'note: {run} was trained on these images', file=sys.stderr)
 
 
@@ -452,8 +448,7 @@ def retrieval(args) -> Report:
     """recall@k: is one of an image's captions among the k nearest texts, and the other way?
 
     Attacked are the images, against all their captions (image → text); text → image is measured on the same.
-    DIR: a CLIP each. --data: 'easyvqa', a folder with metadata.jsonl or SPLIT/*.tar, or 'SPLIT/*.tar'.
-    """
+    DIR: a CLIP each. --data: 'easyvqa', a folder with metadata.jsonl or SPLIT/*.tar, or 'DIR/*.tar'."""
     rows, outcomes, images = [], [], caption_set(args.data[0], args.split, args.caption_key)
     numbers = sample(len(images[0]), args.data[0], args)
     for path in args.dirs:
@@ -1331,15 +1326,6 @@ def captions_as_classes(name: str, split: str, caption_key: str) -> ClassSet:
     return ClassSet(len(of), lambda i: (data.read_image(of[i]), labels[i]), *how)
 
 
-@contextlib.contextmanager
-def strict():
-    """A bad sample of a shard, which training passes over, is an error."""
-    try:
-        yield
-    except data.BadSample as e:
-        data.fail(e.args[1])
-
-
 def tars_in(where: Path | str, caption_key: str = 'text') -> data.Shards:
     """where: a folder of tars, of which nshards.txt, if it is there, says how many; or a pattern of tars"""
     files = data.shard_files(where if isinstance(where, str) else f'{glob.escape(str(where))}/*.tar')
@@ -1354,12 +1340,11 @@ def shards(where: Path | str, templates: Path, note: str, split: str) -> ClassSe
     tars = tars_in(where)
 
     def item(number: int) -> tuple[Image.Image, int]:
-        with strict():
-            name, found = tars.members(number)
-            if not (label := found.get('cls', b'').strip()).removeprefix(b'-').isdigit():
-                had = f'{label[:20]!r} is no class number' if 'cls' in found else 'but no cls'
-                data.fail(f'{name}: has {", ".join(found)}, {had}')
-            return tars.image(name, found), int(label)
+        name, found = tars.members(number)
+        if not (label := found.get('cls', b'').strip()).removeprefix(b'-').isdigit():
+            had = f'{label[:20]!r} is no class number' if 'cls' in found else 'but no cls'
+            data.fail(f'{name}: has {", ".join(found)}, {had}')
+        return tars.image(name, found), int(label)
 
     used = read_lines(templates, 'templates') if templates.is_file() else TEMPLATES['imagenet']
     return ClassSet(len(tars), item, [], used, note, split)
@@ -1410,14 +1395,9 @@ def caption_set(
     where = name if pattern else data.split_folder(Path(name), split)
     if pattern or any(where.glob('*.tar')):
         tars = tars_in(where, caption_key)
-
-        def image(number: int) -> Image.Image:
-            with strict():
-                return tars.image(*tars.members(number))
-
-        with strict():
-            texts = [tars.caption(*tars.members(i), 0, i) for i in range(len(tars))]
-        return [[c.strip() for c in text.split('\n') if c.strip()] for text in texts], image
+        texts = [tars.caption(*tars.members(i), 0, i) for i in range(len(tars))]
+        captions = [[c.strip() for c in text.split('\n') if c.strip()] for text in texts]
+        return captions, lambda number: tars.image(*tars.members(number))
     pairs, of = data.load_pairs(name, split, caption_key=caption_key), {}
     for file, caption in zip(pairs.files, pairs.captions):
         of.setdefault(file, []).append(caption)
@@ -1848,8 +1828,8 @@ def main(args: argparse.Namespace) -> int:
             if args.json:
                 data.write(Path(args.json), as_json(report))
             args.kept.forget()
-    except data.BadImage as e:
-        data.fail(str(e))
+    except (data.BadImage, data.BadSample) as e:  # which training on shards passes over
+        data.fail(e.args[-1])
     except KeyboardInterrupt as e:
         number, where = (*e.args, signal.SIGINT)[0], args.kept.file
         what = f'what was measured is kept in {where}{args.rank}: the same command goes on' if where else ''

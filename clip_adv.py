@@ -45,7 +45,7 @@ class Config:
     data: str = 'easyvqa'  # or a folder with metadata.jsonl, alone or in train/, …; or 'DIR/{000..999}.tar'
     caption_key: str = 'text'  # where captions are: key of metadata, of shards; or 'txt:0.2,alt:0.8' of these
     index_dir: str = ''  # for the indexes of shards; default: beside these
-    max_bad: float = 0.01  # fraction of a shards' samples that may be bad, and of the shards
+    max_bad: float = 0.01  # fraction of shards, and of their samples, that may be unreadable or unfit
     holdout: str = ''  # captions left out of training, e.g. 'red circle,blue triangle'
     workers: int = 0  # image-decoding processes per rank; 0: none of its own
     init: str = ''  # start from a CLIP: a run, open_clip's, an id, …; --size and --context may differ
@@ -370,8 +370,8 @@ def main(cfg: Config, given: set[str]) -> None:
     first_step = state['step'] if state else 0
 
     # --------------------------------------------------------------------------------- data, model, optimizer
-    which = cfg.data, 'train', cfg.holdout, cfg.caption_key, cfg.index_dir, cfg.max_bad
-    pairs = data.load_pairs(*which)
+    which = cfg.holdout, cfg.caption_key, cfg.index_dir, cfg.max_bad
+    pairs = data.load_pairs(cfg.data, 'train', *which)
     known_by = {'--data': pairs.fingerprint()}
     data.check_resumed(state, known_by)
     model, tokenizer = build(cfg, given, pairs, state)
@@ -399,9 +399,7 @@ def main(cfg: Config, given: set[str]) -> None:
     fit = data.Fit(model.visual.size, model.preprocess.interpolation, model.preprocess.resize_mode)
     samples = data.PairDataset(pairs, tokenizer, fit, cfg.seed)
     order = data.order(pairs.sizes, cfg.batch_size, range(first_step, cfg.steps), cfg.seed, rank, world)
-    bar = run.bar(
-        data.loader(samples, order, cfg.workers, samples.collate), 'clip_adv', first_step, cfg.steps
-    )
+    bar = run.bar(data.loader(samples, order, cfg.workers), 'clip_adv', first_step, cfg.steps)
     amp = torch.autocast(device.type, torch.bfloat16, enabled=device.type == 'cuda')
 
     # -------------------------------------------------------------------------------------- the training loop
@@ -939,12 +937,8 @@ def weights_from_hf(weights: dict[str, Tensor], ours: dict[str, Tensor], where: 
 def arithmetic(cfg: Config, pairs: data.Pairs, model: CLIP, tokenizer: data.Tokenizer, world: int) -> str:
     """What is trained on what, and what an update costs, for the first output."""
     n, texts = sum(p.numel() for p in model.parameters()) / 1e6, pairs.texts(1000)
-    cut = tokenizer.too_long(texts)
-    warning = (
-        f'\nwarning: {cut} of {len(texts)} captions are cut at {tokenizer.context} tokens; see --context'
-        if cut
-        else ''
-    )
+    cut, of = tokenizer.too_long(texts), f'of {len(texts)} captions are cut at {tokenizer.context} tokens'
+    warning = f'\nwarning: {cut} {of}; see --context' if cut else ''
     size = f'CLIP with {n:.2f} M parameters at {model.visual.size} px, {tokenizer.vocab_size} token ids'
     share = f'global batch {cfg.batch_size} = {world} process{"es" * (world > 1)} × {cfg.batch_size // world}'
     if cfg.micro_batch:

@@ -447,10 +447,9 @@ class Shards:
                 wrong.setdefault(f, 'it is cut off' if samples else 'no sample is in it, or it is no tar')
         said = [f'{f}: {why}' for f, why in wrong.items()][:10]
         if len(files) - len(whole) > max_bad * len(files) or wrong and not max_bad:
-            fail(
-                f'--data: {len(wrong)} of {len(files)} shards cannot be read as a whole:\n  '
-                + '\n  '.join(said)
-            )
+            limit = f' (--max_bad {max_bad:g})' if max_bad else ''
+            many = f'{len(wrong)} of {len(files)} shards cannot be read as a whole{limit}:'
+            fail('\n  '.join([f'--data: {many}', *said]))
         self.files, *columns = zip(*whole)
         self.sizes, self.bytes = map(np.array, columns)
         self.ends = np.cumsum(self.sizes)
@@ -936,6 +935,7 @@ def order(sizes: int | typing.Sequence[int], batch_size: int, steps: range, seed
 
 def loader(dataset, order, workers: int = 0, collate=None):
     """The dataset's items in that order.   workers: decoding processes; 0 decodes in this one"""
+    collate = collate or getattr(dataset, 'collate', None)
     own = torch.Generator()  # else the loader draws its workers' seeds from the global generator
     how = dict(num_workers=workers, persistent_workers=workers > 0, pin_memory=torch.cuda.is_available())
     return torch.utils.data.DataLoader(dataset, batch_sampler=order, collate_fn=collate, generator=own, **how)

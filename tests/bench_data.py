@@ -59,7 +59,7 @@ def ours(files: str, tokenizer, size: int):
     pairs = data.load_pairs(files)
     samples = data.PairDataset(pairs, tokenizer, data.Fit(size), 0)
     order = data.order(pairs.sizes, BATCH, range(SAMPLES // BATCH), 0, 0, 1)
-    for batch in data.loader(samples, order, 0, samples.collate):
+    for batch in data.loader(samples, order):
         yield batch.images
 
 

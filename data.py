@@ -868,7 +868,7 @@ class PairDataset(torch.utils.data.Dataset):
 
     def __init__(self, pairs: Pairs | Shards, tokenizer: 'Tokenizer', fit: Fit, seed: int):
         self.pairs, self.tokenizer, self.fit, self.seed = pairs, tokenizer, fit, seed
-        self.collate = collate_pairs if isinstance(pairs, Shards) else None
+        self.collate, self.attempts = collate_pairs if isinstance(pairs, Shards) else None, IN_A_ROW
         self.side = math.ceil(2 * fit.size / 0.9**0.5)  # of what random_crop leaves, twice the size at least
         self.shapes = pairs.augment == 'shapes'  # few and small: decoded, resized and encoded once
         self.images = [fit(read_image(f)) for f in pairs.files] if self.shapes else []
@@ -880,7 +880,7 @@ class PairDataset(torch.utils.data.Dataset):
         if self.shapes:
             return shift_and_flip(self.images[row], g), self.tokens[row]
         bad = []
-        for attempt in range(IN_A_ROW):
+        for attempt in range(self.attempts):
             try:
                 image, caption = self.pairs.read(row, self.side, self.seed, number)
                 item = self.fit(random_crop(image, g)), self.tokenizer([caption])[0]
@@ -889,6 +889,7 @@ class PairDataset(torch.utils.data.Dataset):
                 bad.append((number, *e.args))
                 other = generator(self.seed, f'in place {attempt}', number)
                 row = int(torch.randint(len(self.pairs), (), generator=other))
+        self.attempts = 0  # the run is about to stop: no more of it
         return torch.zeros(3, *[self.fit.size] * 2, dtype=torch.uint8), self.tokenizer([''])[0], bad
 
 
@@ -1941,15 +1942,11 @@ class Run:
             if self.rank == 0 and self.bad.total() <= 10:
                 print(f'warning: {kind}: {more}; another sample takes its place', file=sys.stderr)
         self.samples, total = self.samples + samples, self.bad.total()
-        if (
-            self.rank == 0 and total.bit_length() > before.bit_length() and total > 10
-        ):  # again and again as many
+        if self.rank == 0 and total > 10 and total.bit_length() > before.bit_length():  # twice as many
             print(f'warning: {self.bad_samples()}', file=sys.stderr)
+        many = f'{IN_A_ROW} in a row' if longest >= IN_A_ROW else f'more than --max_bad {self.cfg.max_bad:g}'
         if longest >= IN_A_ROW or self.samples >= 1000 and total > self.cfg.max_bad * (self.samples + total):
-            often = (
-                f'{IN_A_ROW} in a row' if longest >= IN_A_ROW else f'more than --max_bad {self.cfg.max_bad:g}'
-            )
-            fail(f'{often}: {self.bad_samples()}; stopped, {self.kept()}')
+            fail(f'{many}: {self.bad_samples()}; stopped, {self.kept()}')
 
     def bad_samples(self) -> str:
         kinds = ', '.join(f'{n} × {kind}' for kind, n in self.bad.most_common())

@@ -1903,9 +1903,8 @@ class Run:
         try:
             for batch in batches:
                 if isinstance(batch, PairBatch):
-                    self.new_bad, self.new_samples = self.new_bad + batch.bad, self.new_samples + len(
-                        batch.images
-                    )
+                    self.new_bad += batch.bad
+                    self.new_samples += len(batch.images)
                     batch = batch[:2]
                 yield batch
         except BadImage as e:  # from a worker it comes with the worker's traceback before it

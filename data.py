@@ -1587,7 +1587,11 @@ def start_processes(hours: int | None = None) -> tuple[int, int, torch.device]:
             device = torch.device('cuda', int(os.environ['LOCAL_RANK']))
             torch.cuda.set_device(device)
         backend = 'nccl' if device.type == 'cuda' else 'gloo'
-        dist.init_process_group(backend, timeout=hours and timedelta(hours=hours))
+        how = {'timeout': timedelta(hours=hours)} if hours else {}
+        store, rank, world = next(dist.rendezvous('env://', **how))
+        if os.environ.get('GROUP_WORLD_SIZE') == '1':  # torchrun's store knows the addresses of killed ranks
+            store = dist.PrefixStore(os.environ['TORCHELASTIC_RESTART_COUNT'], store)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, **how)
     return *rank_and_world(), device
 
 

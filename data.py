@@ -939,7 +939,13 @@ def loader(dataset, order, workers: int = 0, collate=None):
     collate = collate or getattr(dataset, 'collate', None)
     own = torch.Generator()  # else the loader draws its workers' seeds from the global generator
     how = dict(num_workers=workers, persistent_workers=workers > 0, pin_memory=torch.cuda.is_available())
+    how['worker_init_fn'] = leave_signals
     return torch.utils.data.DataLoader(dataset, batch_sampler=order, collate_fn=collate, generator=own, **how)
+
+
+def leave_signals(worker: int) -> None:
+    """To the rank: torchrun and Ctrl-C send them to its group, and its last update still needs the worker."""
+    os.setsid()
 
 
 class ChatDataset(torch.utils.data.Dataset):
@@ -1923,7 +1929,8 @@ class Run:
 
     def on_signal(self, number, frame) -> None:
         self.signal = number
-        signal.signal(number, self.handlers[number])  # a second one ends the process at once
+        if not dist.is_initialized():  # else it may be the same one, of Slurm and again of torchrun
+            signal.signal(number, self.handlers[number])  # a second one ends the process at once
 
     def asked_to_stop(self) -> int:
         """The signal that any of the ranks got, or 0. When torchrun is gone, nobody else ends its ranks."""

@@ -1970,6 +1970,9 @@ class Run:
             said = f'saved after update {step} of {self.steps}. Continue with\n  {command}'
             print(f'{signal.Signals(number).name}: {said}', flush=True)
         self.end_processes()
+        first = 'TORCHELASTIC_RUN_ID' in os.environ and os.environ['LOCAL_RANK'] == '0'
+        if first and os.getppid() == PARENT:
+            os.kill(PARENT, signal.SIGUSR1)  # torchrun would end in a traceback, or start its ranks again
         sys.exit(128 + number)
 
     def finish(self, what_now: str) -> None:

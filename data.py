@@ -1766,7 +1766,7 @@ def load_state(out: Path) -> dict | None:
         try:
             if damaged := zipfile.ZipFile(file).testzip():  # torch.load looks at no checksum
                 raise ValueError(f'{damaged} is not as it was written')
-            state = torch.load(file, map_location='cpu', weights_only=True)
+            state = torch.load(file, 'cpu', weights_only=True, mmap=True)  # all ranks share its pages
             held = state.get if isinstance(state, dict) else {}.get
             if not all(isinstance(held(key), kind) for key, kind in STATE.items()):
                 raise ValueError('it is no checkpoint of this version')

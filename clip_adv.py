@@ -283,14 +283,19 @@ def info_nce(image: Tensor, text: Tensor, log_scale: Tensor, micro_batch: int = 
     all). Of the others' rows it needs one number for each text, the logsumexp of its column.
     Every other row is a negative, an equal caption too, as in CLIP. (It does no harm: with an equal embedding
     all that it adds to image → text is the logarithm of how often the caption is in the batch.)"""
-    first, own, columns = data.rank_and_world()[0] * len(image), 0.0, []
+    rank, world = data.rank_and_world()
+    first, own, columns = rank * len(image), 0.0, []
     for part in image.split(micro_batch or len(image)):
         how = dict(use_reentrant=False, preserve_rng_state=False)
         args = part, text, log_scale, first
         value, column = checkpoint(rows_of_logits, *args, **how) if micro_batch else rows_of_logits(*args)
         own, columns, first = own + value, [*columns, column], first + len(part)
-    everyone = gather(torch.cat([own[None], torch.stack(columns).logsumexp(0)])[None])  # [W, 1 + B]
-    return (everyone[:, 0].sum() + everyone[:, 1:].logsumexp(0).sum()) / (2 * len(text))
+    column = torch.stack(columns).logsumexp(0)  # [B], of this rank's rows
+    highest = column.detach().clone()
+    if world > 1:
+        dist.all_reduce(highest, dist.ReduceOp.MAX)
+    column = highest + sum_of_ranks((column - highest).exp()).log()
+    return (sum_of_ranks(own) + column.sum()) / (2 * len(text))
 
 
 def rows_of_logits(image: Tensor, text: Tensor, log_scale: Tensor, first: int) -> tuple[Tensor, Tensor]:
@@ -299,27 +304,28 @@ def rows_of_logits(image: Tensor, text: Tensor, log_scale: Tensor, first: int) -
     return (logits.logsumexp(1) - 2 * logits.diagonal(first)).sum(), logits.logsumexp(0)
 
 
+def sum_of_ranks(x: Tensor) -> Tensor:
+    """The same on all ranks; with the gradient of the rank's own part, the others' are constants."""
+    total = x.detach().clone(memory_format=torch.contiguous_format)
+    if data.rank_and_world()[1] > 1:
+        dist.all_reduce(total)
+    return total + (x - x.detach())
+
+
 def gather(x: Tensor) -> Tensor:
     """[b, …] on each of W ranks → [W·b, …] on all.
 
-    The gradient is that of the sum of all ranks' losses. Each has the whole loss, so this is W times what it
-    should be, until DDP averages. Without it, or with the rank's own negatives, it would be another loss (and
-    another attack)."""
+    Its gradient is the sum of what comes back on all ranks, since each has but a part of it, that of its own
+    rows of the logits. Without the others', or with the rank's own negatives, it would be another loss."""
     rank, world = data.rank_and_world()
     if world == 1:
         return x
-
-    def of_all_ranks(gradient: Tensor) -> Tensor:
-        gradient = gradient.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(gradient)
-        return gradient
-
     everyone = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(world)]
     dist.all_gather(everyone, x.detach().contiguous())
     everyone[rank] = x  # the same numbers, with their gradient
     everyone = torch.cat(everyone)
     if everyone.requires_grad:
-        everyone.register_hook(of_all_ranks)
+        everyone.register_hook(sum_of_ranks)
     return everyone
 
 
@@ -438,7 +444,7 @@ def main(cfg: Config, given: set[str]) -> None:
         with amp:
             features = step_model(x_adv, cfg.micro_batch)
         loss = info_nce(features, text, model.logit_scale, cfg.micro_batch)
-        loss.backward()
+        (loss * world).backward()  # as DDP averages over the ranks
         grad_norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
         run.stop_if_not_finite(step, loss.item(), grad_norm.item())
         lr = lr_at(cfg.lr, step, cfg.steps, cfg.warmup)

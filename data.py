@@ -1867,7 +1867,7 @@ class Run:
         return 1000 * (self.last_lap - before)
 
     def log(self, step: int, samples: int, bar, **row) -> None:
-        """One line in log.jsonl; README says what the quantities mean.   samples: to an update"""
+        """One line in log.jsonl; results/README.md says what they mean.   samples: to an update"""
         if self.rank > 0:
             return
         (before, step_before), self.last_log = self.last_log, (time.time(), step)
@@ -1965,7 +1965,11 @@ class Run:
     def leave(self, step: int, number: int) -> None:
         """After a signal, when everything is saved."""
         if self.rank == 0:
-            launcher = f'torchrun --nproc_per_node {self.world}' if dist.is_initialized() else 'python'
+            hosts = int(os.environ.get('GROUP_WORLD_SIZE', 1))  # as torchrun calls it
+            launcher = (
+                f'torchrun {f"--nnodes {hosts} … " * (hosts > 1)}--nproc_per_node {self.world // hosts}'
+            )
+            launcher = launcher if dist.is_initialized() else 'python'
             command = f'{launcher} {shlex.quote(sys.argv[0])} --out {shlex.quote(str(self.out))} --resume'
             said = f'saved after update {step} of {self.steps}. Continue with\n  {command}'
             print(f'{signal.Signals(number).name}: {said}', flush=True)

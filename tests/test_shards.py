@@ -421,9 +421,10 @@ def test_runs_stopped_on_two_processes_and_continued_on_one_and_three(tmp_path):
     settings = dict(TINY, data=f'{tmp_path}/{{0..1}}.tar', batch_size=12, steps=8, save_every=4, max_bad=0.5)
     settings |= dict(workers=1)
     execute([sys.executable, str(SCRIPT), *flags(**settings, out=tmp_path / 'whole')])
-    execute(torchrun(2, SCRIPT, *flags(**settings, out=tmp_path / 'two')))
-    for file in (tmp_path / 'two').glob('*.idx'):
+    for file in tmp_path.glob('*.idx'):
         file.unlink()
+    execute(torchrun(2, SCRIPT, *flags(**settings, out=tmp_path / 'two')))  # which make the indexes together
+    assert len(list(tmp_path.glob('*.idx'))) == 2
     for n in (1, 3):
         out = tmp_path / f'then_{n}'
         shutil.copytree(tmp_path / 'two', out)

@@ -16,6 +16,7 @@ import pytest
 import torch
 from conftest import ROOT, TINY, execute, flags, torchrun
 from PIL import Image
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import clip_adv
 import data
@@ -395,6 +396,39 @@ def test_training_counts_bad_samples_and_stops_at_too_many(tmp_path, capsys):
         SystemExit, match='100 in a row: .* × the image cannot be decoded.*nothing was saved yet'
     ):
         train(data=f'{tmp_path}/1.tar', out=tmp_path / 'd', max_bad=1)
+
+
+def test_a_shard_that_becomes_unreadable_halfway(tmp_path, monkeypatch, capsys):
+    """Its bytes turn into others before update 4, which is the first to need it: the weights are those of a
+    run in which they were so from the start."""
+    monkeypatch.setattr(data, 'WINDOW', 1)
+    pattern = shards(tmp_path, [24, 24])
+    last = data.order([24, 24], 8, range(3, 6), 0, 0, 1)
+    spoilt = tmp_path / f'0{next(last)[0][0] // 24}.tar'  # that of the second half of the epoch
+    tokenizer = data.train_tokenizer([f'photo {i}' for i in range(48)], 8, 400)
+    (tmp_path / 'tokenizer.json').write_text(tokenizer.files()['tokenizer.json'])
+    settings = dict(data=pattern, tokenizer=tmp_path / 'tokenizer.json', batch_size=8, steps=6, max_bad=1)
+    data.load_pairs(pattern)  # the indexes are made
+    updates = []
+
+    def spoil(*_):
+        updates.append(None)
+        if len(updates) == 3:
+            stat = spoilt.stat()
+            with open(spoilt, 'r+b') as file:
+                file.write(b'\xff' * stat.st_size)
+            os.utime(spoilt, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+
+    hook = register_optimizer_step_pre_hook(spoil)
+    try:
+        train(**settings, out=tmp_path / 'halfway')
+        of_bad = re.search(r'(\d+) × the shard is cut off or damaged', capsys.readouterr().out)
+        assert int(of_bad[1]) >= 24  # and those of it that were drawn in their place
+        train(**settings, out=tmp_path / 'always')
+    finally:
+        hook.remove()
+    halfway, always = (weights(tmp_path / name) for name in ('halfway', 'always'))
+    assert all(torch.equal(w, always[name]) for name, w in halfway.items())
 
 
 def test_a_row_of_bad_samples_goes_over_the_borders_of_batches(tmp_path):

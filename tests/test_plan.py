@@ -250,15 +250,18 @@ def three_sizes(folder: Path) -> list[dict]:
 
 @pytest.mark.slow
 def test_resolutions_grow(tmp_path):
-    """Stopped in every phase, and continued on another number of processes."""
+    """From shards; stopped in every phase, and continued on another number of processes."""
+    (tmp_path / 'folder').mkdir()
     g, rows = torch.Generator().manual_seed(0), []
-    for i in range(24):  # shards: the same pairs in tars, and --data a pattern
+    for i in range(24):
         pixels = torch.randint(256, (40, 40, 3), generator=g, dtype=torch.uint8)
-        Image.fromarray(pixels.numpy()).save(tmp_path / f'{i}.png')
+        Image.fromarray(pixels.numpy()).save(tmp_path / 'folder' / f'{i}.png')
         rows.append(json.dumps({'file_name': f'{i}.png', 'text': f'picture number {i} of many more of them'}))
-    (tmp_path / 'metadata.jsonl').write_text('\n'.join(rows))
+    (tmp_path / 'folder' / 'metadata.jsonl').write_text('\n'.join(rows))
+    data.main(['shards', str(tmp_path / 'folder'), str(tmp_path / 'shards'), '--per_shard', '8'])
     script, before = ROOT / 'clip_adv.py', None
     for phase, settings in enumerate(three_sizes(tmp_path)):
+        settings['data'] = f'{tmp_path}/shards/{{00000..00002}}.tar'
         settings |= dict(out=tmp_path / f'run{phase}', **({'init': before} if before else {}))
         stop = ROOT / 'tests' / 'one_step.py', str(tmp_path / 'unused'), 'kill=2:15'
         stopped = execute(torchrun(2, *stop, *flags(**settings)), fails=True)

@@ -10,6 +10,7 @@ about 500 × 400, quality 85.
 
 import contextlib
 import io
+import itertools
 import os
 import resource
 import shlex
@@ -74,7 +75,7 @@ def theirs(files: str, tokenizer, size: int):
     stream = webdataset.WebDataset(data.shard_files(files), shardshuffle=100, seed=0).shuffle(100)
     stream = stream.decode('pil').to_tuple('jpg', 'txt')
     stream = stream.map_tuple(how, lambda text: tokenizer([text])[0]).batched(BATCH)
-    for (images, _), _ in zip(stream, range(SAMPLES // BATCH)):
+    for images, _ in itertools.islice(stream, SAMPLES // BATCH):  # and no batch more
         yield images
 
 

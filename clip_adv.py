@@ -4,7 +4,8 @@
 
     torchrun clip_adv.py                                    # ΔCLIP on easy-VQA, 2 CPU cores, 8 minutes
     torchrun clip_adv.py --eps 0 --out runs/clip            # vanilla CLIP: same samples, as many updates
-    torchrun --nproc_per_node 8 clip_adv.py --data DIR ...  # a folder with metadata.jsonl, 8 GPUs
+    torchrun --nproc_per_node 8 clip_adv.py --data 'DIR/{0000..1023}.tar' ...  # shards (or a folder), 8 GPUs
+    python clip_adv.py --plan results/delta_clip_h14.sh     # what the paper's largest would cost
     python eval.py zeroshot runs/clip runs/clip_adv         # both under attack
 
 The file reads top to bottom: configuration, model, loss, the two schedules, main; a model's files come last.

@@ -2,7 +2,7 @@
 
     min over θ   E over (x, t)   max over ‖δ‖∞ ≤ ε, 0 ≤ x+δ ≤ 1   of   L( f(x+δ), g(t) )  L: symmetric InfoNCE
 
-    torchrun clip_adv.py                                    # ΔCLIP on easy-VQA, 2 CPU cores, 8 minutes
+    torchrun clip_adv.py                                    # ΔCLIP on easy-VQA, 2 CPU cores, 6 minutes
     torchrun clip_adv.py --eps 0 --out runs/clip            # vanilla CLIP: same samples, as many updates
     torchrun --nproc_per_node 8 clip_adv.py --data 'DIR/{0000..1023}.tar' ...  # shards (or a folder), 8 GPUs
     python clip_adv.py --plan results/delta_clip_h14.sh     # what the paper's largest would cost

@@ -131,7 +131,7 @@ def test_no_attack_and_the_attack_see_the_same_samples(parts, whole, tmp_path):
 
 
 # -------------------------------------------------------------------------------------- stopping and resuming
-@pytest.mark.parametrize('step', [1, 2, 5])
+@pytest.mark.parametrize('step', [pytest.param(1, marks=pytest.mark.slow), 2, 5])
 def test_resume_is_bit_exact(parts, whole, tmp_path, step):
     """Stopped in A, between A and B, in B."""
     out = tmp_path / 'run'

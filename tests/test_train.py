@@ -125,7 +125,7 @@ def test_resume_after_sigkill_is_bit_exact(tmp_path):
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
-@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize('number', [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_signal_saves_and_says_how_to_continue(tmp_path, number):
     whole, stopped = tmp_path / 'whole', tmp_path / 'stopped'
     train(out=whole)
@@ -238,6 +238,7 @@ def test_nothing_is_unpickled(tmp_path):
     assert not (tmp_path / 'gotcha').exists()
 
 
+@pytest.mark.slow
 def test_full_disk_keeps_the_last_checkpoint(tmp_path):
     """A file-size limit stands in for the disk: the second checkpoint cannot be written."""
     whole, full = tmp_path / 'whole', tmp_path / 'full'

@@ -22,6 +22,7 @@ import shutil
 import weakref
 from collections import Counter
 from dataclasses import asdict, dataclass, field, is_dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal, get_args, get_origin, get_type_hints
 
@@ -114,11 +115,10 @@ class Attention(nn.Module):
             (w_q, w_kv), (b_q, b_kv) = self.in_proj_weight.split(width), self.in_proj_bias.split(width)
             q = F.linear(pick(x, at), w_q, b_q).unflatten(-1, (self.heads, -1)).transpose(1, 2)
             k, v = F.linear(x, w_kv, b_kv).unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
-            n = x.shape[1]
-            seen = (
-                torch.ones(n, n, dtype=torch.bool, device=x.device).tril()[at] if causal else None
-            )  # [B, N]
-            x = F.scaled_dot_product_attention(q, k, v, seen[:, None, None] if causal else None)
+            seen = None
+            if causal:
+                seen = torch.ones(2 * [x.shape[1]], dtype=torch.bool, device=x.device).tril()[at, None, None]
+            x = F.scaled_dot_product_attention(q, k, v, seen)
         return self.out_proj(x.transpose(1, 2).flatten(2))
 
 
@@ -271,8 +271,11 @@ def in_parts(function, x: Tensor, micro_batch: int) -> Tensor:
     for one more forward pass."""
     if not micro_batch:
         return function(x)
-    how = dict(use_reentrant=False, preserve_rng_state=False)
-    return torch.cat([checkpoint(function, part, **how) for part in x.split(micro_batch)])
+    return torch.cat([recomputed(function, part) for part in x.split(micro_batch)])
+
+
+# function(*args), whose activations are not kept but computed again when they are needed
+recomputed = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
 
 
 # ======================================================================================================= loss
@@ -287,9 +290,8 @@ def info_nce(image: Tensor, text: Tensor, log_scale: Tensor, micro_batch: int = 
     rank, world = data.rank_and_world()
     first, own, columns = rank * len(image), 0.0, []
     for part in image.split(micro_batch or len(image)):
-        how = dict(use_reentrant=False, preserve_rng_state=False)
         args = part, text, log_scale, first
-        value, column = checkpoint(rows_of_logits, *args, **how) if micro_batch else rows_of_logits(*args)
+        value, column = recomputed(rows_of_logits, *args) if micro_batch else rows_of_logits(*args)
         own, columns, first = own + value, [*columns, column], first + len(part)
     column = torch.stack(columns).logsumexp(0)  # [B], of this rank's rows
     highest = column.detach().clone()
@@ -391,7 +393,7 @@ def main(cfg: Config, given: set[str]) -> None:
     if state:
         data.load_optimizer(optimizer, state)
 
-    facts = arithmetic(cfg, pairs, model, tokenizer, world)
+    facts = arithmetic(cfg, pairs, model, tokenizer, world) if rank == 0 else ''  # it reads captions
     run = data.Run(cfg, first_step, cfg.steps, facts, device)
     wrong = not_in_hf(model.cfg, model.preprocess, tokenizer)
 
@@ -1097,8 +1099,9 @@ def print_plans(cfg, given: set[str], stages: dict) -> None:
     head = 'run|parameters, M|px|tokens|ε α K|batch|samples|GFLOP a sample, attack + update|GB a GPU|FLOPs'
     rows = [(*row, f'{flops / speed:,.1f}') for row, flops in plans]
     rows += [('sum', *[''] * 8, f'{total:.3g}', f'{total / speed:,.1f}')]
-    for row in (rows := [(*head.split('|'), f'{cfg.gpu}-hours'), *rows]):
-        widths = [max(map(len, column)) for column in zip(*rows)]
+    rows = [(*head.split('|'), f'{cfg.gpu}-hours'), *rows]
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    for row in rows:
         print('  '.join(f'{cell:<{w}}' for cell, w in zip(row, widths)))
     print(f'at {cfg.mfu:.0%} of {PEAK[cfg.gpu] / 1e12:g} TFLOP/s, dense bfloat16. FLOPs: of the matrix')
     print(

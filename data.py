@@ -419,7 +419,8 @@ class Shards:
             fail(f'--caption_key {caption_key}: must be KEY, or KEY:WEIGHT,KEY:WEIGHT,… (positive weights)')
         self.keys, self.weights = [key[1] for key in keys], np.cumsum([float(key[2] or 1) for key in keys])
         self.index_dir, (rank, world) = index_dir, rank_and_world()
-        missing = gather_objects([f for f in files if not read_index(f, self.index(f))])[0]
+        # Rank 0 looks for all: a list of names from each of hundreds of ranks would be too much for any.
+        missing = gather_objects(rank == 0 and [f for f in files if not read_index(f, self.index(f))])[0]
         if index_dir:
             with reading(f'--index_dir {index_dir}', 'a folder that can be made'):
                 os.makedirs(index_dir, exist_ok=True)
@@ -440,7 +441,8 @@ class Shards:
             for those in gather_objects(failed):  # at each of them, so that none waits for long
                 wrong |= those
         opened.cache_clear(), mapped.cache_clear()
-        found = gather_objects([read_index(f, self.index(f)) or (0, 0, False) for f in files])[0]
+        found = rank == 0 and [read_index(f, self.index(f)) or (0, 0, False) for f in files]
+        found = gather_objects(found)[0]
         whole = [(f, samples, size) for f, (samples, size, _) in zip(files, found) if samples]
         for f, (samples, _, is_cut) in zip(files, found):
             if is_cut or not samples:

@@ -1,5 +1,6 @@
 """--plan: what it counts, against closed forms and real steps; the recipes; growing resolutions, in small."""
 
+import itertools
 import json
 import sys
 import types
@@ -12,6 +13,7 @@ from PIL import Image
 from torch._subclasses import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
+import attacks
 import clip_adv
 import data
 import llava_adv
@@ -159,6 +161,46 @@ def test_meter_knows_what_is_held():
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize('micro_batch', [0, 8])
+def test_memory_agrees_with_the_allocator(monkeypatch, capsys, micro_batch):
+    """A real step under bfloat16 autocast, as on a GPU, and what torch's profiler sees allocated in it."""
+    settings = dict(width=256, layers=4, text_width=128, embed_dim=128, size=64, patch=8, context=32)
+    settings |= dict(vocab_size=1000, batch_size=32, k=1, micro_batch=micro_batch)
+    peak = lambda *args: args[3].peak  # noqa: E731
+    monkeypatch.setattr(clip_adv, 'costs', peak)
+    cfg, given = data.parse(clip_adv.Config, '', flags(**settings))
+    [planned] = clip_adv.plan(cfg, given, 1, {})
+
+    with clip_adv.seeded(0):
+        model = clip_adv.CLIP(*clip_adv.settings_of_model(cfg, given))
+    x, tokens = torch.full((32, 3, 64, 64), 0.5), torch.arange(32 * 32).view(32, 32) % 999
+    tokens[:, -1] = 999
+
+    def loss_of(images, text, scale):
+        with torch.autocast('cpu', torch.bfloat16):
+            features = model(images, micro_batch)
+        return clip_adv.info_nce(features, text, scale, micro_batch)
+
+    def step():
+        with torch.autocast('cpu', torch.bfloat16):
+            text = model.encode_text(tokens, micro_batch)
+        fixed = text.detach(), model.logit_scale.detach()
+        with clip_adv.frozen(model.visual):
+            attacks.pgd(lambda z: loss_of(z, *fixed), x, 1.0, 1.0, 1)
+        loss_of(x, text, model.logit_scale).backward()
+
+    step()  # some memory is allocated once
+    model.zero_grad()
+    cpu = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=cpu, profile_memory=True) as found:
+        step()
+    events = [e for e in found.profiler.kineto_results.events() if e.name() == '[memory]']
+    changes = [e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]
+    there = sum(t.nbytes for t in (*model.parameters(), x, tokens))
+    assert planned == pytest.approx(max(itertools.accumulate(changes)) + there, rel=0.05)
+
+
+@pytest.mark.slow
 def test_memory_of_micro_batches(capsys):
     """Activations are those of a process's samples, of a micro-batch with --micro_batch."""
     settings = dict(TINY, batch_size=4096, vocab_size=8192, width=256, layers=6)
@@ -175,7 +217,7 @@ def test_memory_of_micro_batches(capsys):
 def test_schedule_is_summed(capsys):
     """The share of every K, and what the whole costs: the sum over all steps."""
     cfg, given = data.parse(clip_adv.Config, '', flags(steps=1000, k=3))
-    clip_adv.check_config(cfg, 1)
+    clip_adv.check_config(cfg, set(), 1)
     ks = [clip_adv.attack_at(cfg, step)[2] for step in range(1000)]
     [(row, flops)] = clip_adv.plan(cfg, given, 1, {})
     lines = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith('  K = ')]

@@ -375,7 +375,7 @@ def main(cfg: Config, given: set[str]) -> None:
     """Trains.   given: names of the settings that the user chose; data.parse makes both"""
     rank, world, device = data.start_processes()
     state, cfg = data.open_run(cfg, given)
-    check_config(cfg, world)
+    check_config(cfg, given, world)
     first_step = state['step'] if state else 0
 
     # --------------------------------------------------------------------------------- data, model, optimizer
@@ -412,7 +412,7 @@ def main(cfg: Config, given: set[str]) -> None:
     amp = torch.autocast(device.type, torch.bfloat16, enabled=device.type == 'cuda')
 
     # -------------------------------------------------------------------------------------- the training loop
-    for step, (images, tokens) in enumerate(run.read(bar), first_step):
+    for step, (images, tokens, _) in enumerate(run.read(bar), first_step):
         logging = (step + 1) % cfg.log_every == 0 or step + 1 == cfg.steps
         run.lap_ms(logging)
         x = images.to(device, non_blocking=True).float() / 255  # [b, 3, S, S], this rank's part of the batch
@@ -620,7 +620,9 @@ def build(cfg: Config, given: set[str], pairs: data.Pairs, state: dict | None) -
         backend = data.read_tokenizer(Path(cfg.tokenizer), '--tokenizer')
         tokenizer = data.tokenizer_for(text_cfg, backend)
     else:
-        tokenizer = data.train_tokenizer(pairs.texts(100_000), text_cfg.context_length, cfg.vocab_size)
+        # of shards, rank 0 reads the captions for all: hundreds of ranks would keep a file system busy
+        texts = data.from_rank_0(lambda: pairs.texts(100_000))
+        tokenizer = data.train_tokenizer(texts, text_cfg.context_length, cfg.vocab_size)
     clip_cfg.text_cfg = with_tokenizer(text_cfg, tokenizer)
     clip_cfg.text_cfg.vocab_size = tokenizer.vocab_size
     with seeded(cfg.seed):
@@ -662,9 +664,11 @@ def with_tokenizer(text_cfg: TextCfg, tokenizer: data.Tokenizer) -> TextCfg:
     return replace(text_cfg, vocab_path=None, **own)
 
 
-def check_config(cfg: Config, world: int) -> None:
+def check_config(cfg: Config, given: set[str], world: int) -> None:
     """Refuses what cannot be meant, with what, value, limit and flag; fills in α."""
     check_attack(cfg)
+    if {'steps', 'samples'} <= given:
+        data.fail(f'--steps {cfg.steps} --samples {cfg.samples:g}: one of the two, not both')
     cfg.steps = round(cfg.samples / cfg.batch_size) if cfg.samples and cfg.batch_size else cfg.steps
     shape = 'size patch width layers head_width mlp_ratio embed_dim text_width text_layers text_heads'
     for name in f'steps lr grad_clip log_every save_every {shape}'.split():
@@ -1035,7 +1039,7 @@ class Meter(TorchDispatchMode):
 
 def plan(cfg: Config, given: set[str], world: int, known: dict) -> list[tuple]:
     """Goes through a step with tensors of no content.   known: models by their --out; adds this one"""
-    check_config(cfg, world)
+    check_config(cfg, given, world)
     clip_cfg, preprocess = known[str(Path(cfg.out))] = settings_of_model(cfg, given, known)
     n, px, length = cfg.batch_size // world, clip_cfg.vision_cfg.image_size, clip_cfg.text_cfg.context_length
     amp, micro = torch.autocast('cpu', torch.bfloat16), cfg.micro_batch

@@ -11,7 +11,6 @@ a worker or a batch size.
 """
 
 import argparse
-import atexit
 import contextlib
 import csv
 import ctypes
@@ -30,12 +29,10 @@ import platform
 import re
 import resource
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
 import tarfile
-import tempfile
 import textwrap
 import time
 import typing
@@ -418,19 +415,36 @@ class Shards:
         if not all(keys):
             fail(f'--caption_key {caption_key}: must be KEY, or KEY:WEIGHT,KEY:WEIGHT,… (positive weights)')
         self.keys, self.weights = [key[1] for key in keys], np.cumsum([float(key[2] or 1) for key in keys])
-        self.index_dir, (rank, world) = index_dir, rank_and_world()
-        # Rank 0 looks for all: a list of names from each of hundreds of ranks would be too much for any.
-        missing = gather_objects(rank == 0 and [f for f in files if not read_index(f, self.index(f))])[0]
-        if index_dir:
-            with reading(f'--index_dir {index_dir}', 'a folder that can be made'):
-                os.makedirs(index_dir, exist_ok=True)
-        elif missing and not os.access(Path(missing[0]).absolute().parent, os.W_OK):
-            if world > 1:
-                fail(f'{missing[0]}: its index cannot be written beside it: give --index_dir')
-            print(f'note: no index can be written beside {missing[0]}: made anew each time', file=sys.stderr)
-            self.index_dir, missing = tempfile.mkdtemp(), files
-            atexit.register(shutil.rmtree, self.index_dir, True)
-        wrong = {}
+        self.index_dir = index_dir
+        wrong = self.make_indexes(files)
+        opened.cache_clear(), mapped.cache_clear()
+        found = from_rank_0(lambda: [read_index(f, self.index(f)) or (0, 0, False) for f in files])
+        whole = [(f, samples, size) for f, (samples, size, _) in zip(files, found) if samples]
+        for f, (samples, _, is_cut) in zip(files, found):
+            if is_cut or not samples:
+                wrong.setdefault(f, 'it is cut off' if samples else 'no sample is in it, or it is no tar')
+        said = [f'{f}: {why}' for f, why in wrong.items()][:10]
+        if not whole or len(files) - len(whole) > max_bad * len(files) or wrong and not max_bad:
+            limit = f' (--max_bad {max_bad:g})' if max_bad else ''
+            many = f'{len(wrong)} of {len(files)} shards cannot be read as a whole{limit}:'
+            fail('\n  '.join([f'--data: {many}', *said]))
+        self.files, *columns = zip(*whole)
+        self.sizes, self.bytes = map(np.array, columns)
+        self.ends = np.cumsum(self.sizes)
+        self.note = f'{self.files[0]} …: {len(self)} pairs in {len(self.files)} of {len(files)} shards'
+        self.note += ''.join(f'\nwarning: {line}' for line in said)
+
+    def make_indexes(self, files: list[str]) -> dict[str, str]:
+        """Those that are missing, by all processes together. {shard: why it has none}"""
+        wrong, (rank, world) = {}, rank_and_world()
+        missing = from_rank_0(lambda: [f for f in files if not read_index(f, self.index(f))])
+        if self.index_dir:
+            with reading(f'--index_dir {self.index_dir}', 'a folder that can be made'):
+                os.makedirs(self.index_dir, exist_ok=True)
+        else:
+            for folder in {Path(f).absolute().parent for f in missing}:
+                if folder.is_dir() and not os.access(folder, os.W_OK):
+                    fail(f'{folder}: no index can be written there: give --index_dir')
         for i in tqdm(range(0, len(missing), world), 'index', disable=rank > 0 or not missing, unit='shard'):
             failed = {}
             for shard in missing[i + rank : i + rank + 1]:
@@ -440,23 +454,7 @@ class Shards:
                     failed[shard] = str(e)
             for those in gather_objects(failed):  # at each of them, so that none waits for long
                 wrong |= those
-        opened.cache_clear(), mapped.cache_clear()
-        found = rank == 0 and [read_index(f, self.index(f)) or (0, 0, False) for f in files]
-        found = gather_objects(found)[0]
-        whole = [(f, samples, size) for f, (samples, size, _) in zip(files, found) if samples]
-        for f, (samples, _, is_cut) in zip(files, found):
-            if is_cut or not samples:
-                wrong.setdefault(f, 'it is cut off' if samples else 'no sample is in it, or it is no tar')
-        said = [f'{f}: {why}' for f, why in wrong.items()][:10]
-        if len(files) - len(whole) > max_bad * len(files) or wrong and not max_bad:
-            limit = f' (--max_bad {max_bad:g})' if max_bad else ''
-            many = f'{len(wrong)} of {len(files)} shards cannot be read as a whole{limit}:'
-            fail('\n  '.join([f'--data: {many}', *said]))
-        self.files, *columns = zip(*whole)
-        self.sizes, self.bytes = map(np.array, columns)
-        self.ends = np.cumsum(self.sizes)
-        self.note = f'{self.files[0]} …: {len(self)} pairs in {len(self.files)} of {len(files)} shards'
-        self.note += ''.join(f'\nwarning: {line}' for line in said)
+        return wrong
 
     def __len__(self) -> int:
         return int(self.sizes.sum())
@@ -849,8 +847,6 @@ def random_crop(image: Image.Image, g: torch.Generator) -> Image.Image:
 
 # ---------------------------------------------------------------------------------------- the training stream
 class PairBatch(typing.NamedTuple):
-    """Of shards, in which there can be bad samples; of other pairs just the first two."""
-
     images: Tensor  # uint8 [b, 3, S, S]
     tokens: Tensor  # int64 [b, L]
     bad: list[tuple[int, str, str]]  # (number in the stream, kind, more) of those that others stand in for
@@ -862,31 +858,30 @@ def collate_pairs(items: list[tuple]) -> PairBatch:
 
 
 class PairDataset(torch.utils.data.Dataset):
-    """Item (row, number) → (uint8 [3, S, S], token ids [L]); `number` counts samples since training began.
+    """Item (row, number) → (uint8 [3, S, S], token ids [L], [(number, kind, more)] of bad samples met);
+    `number` counts samples since training began.
 
-    Shards: and [(number, kind, more)] of the bad samples met. Another one is in the place of such a sample,
-    drawn by (seed, number, attempt). After IN_A_ROW of them there is a blank one: `Run` stops, on all ranks.
-    """
+    In the place of a bad sample, as shards have them, is another one, drawn by (seed, number, attempt); after
+    IN_A_ROW of them a blank one: `Run` stops, on all ranks."""
 
     def __init__(self, pairs: Pairs | Shards, tokenizer: 'Tokenizer', fit: Fit, seed: int):
         self.pairs, self.tokenizer, self.fit, self.seed = pairs, tokenizer, fit, seed
-        self.collate, self.attempts = collate_pairs if isinstance(pairs, Shards) else None, IN_A_ROW
+        self.attempts = IN_A_ROW
         self.side = math.ceil(2 * fit.size / 0.9**0.5)  # of what random_crop leaves, twice the size at least
         self.shapes = pairs.augment == 'shapes'  # few and small: decoded, resized and encoded once
         self.images = [fit(read_image(f)) for f in pairs.files] if self.shapes else []
         self.tokens = tokenizer(pairs.captions) if self.shapes else None
 
-    def __getitem__(self, item: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    def __getitem__(self, item: tuple[int, int]) -> tuple[Tensor, Tensor, list]:
         row, number = item
         g = generator(self.seed, 'augment', number)
         if self.shapes:
-            return shift_and_flip(self.images[row], g), self.tokens[row]
+            return shift_and_flip(self.images[row], g), self.tokens[row], []
         bad = []
         for attempt in range(self.attempts):
             try:
                 image, caption = self.pairs.read(row, self.side, self.seed, number)
-                item = self.fit(random_crop(image, g)), self.tokenizer([caption])[0]
-                return (*item, bad) if self.collate else item
+                return self.fit(random_crop(image, g)), self.tokenizer([caption])[0], bad
             except BadSample as e:
                 bad.append((number, *e.args))
                 other = generator(self.seed, f'in place {attempt}', number)
@@ -936,9 +931,8 @@ def order(sizes: int | typing.Sequence[int], batch_size: int, steps: range, seed
         yield [(row(number), number) for number in (step * batch_size + position for position in share)]
 
 
-def loader(dataset, order, workers: int = 0, collate=None):
+def loader(dataset, order, workers: int = 0, collate=collate_pairs):
     """The dataset's items in that order.   workers: decoding processes; 0 decodes in this one"""
-    collate = collate or getattr(dataset, 'collate', None)
     own = torch.Generator()  # else the loader draws its workers' seeds from the global generator
     how = dict(num_workers=workers, persistent_workers=workers > 0, pin_memory=torch.cuda.is_available())
     how['worker_init_fn'] = leave_signals
@@ -1641,6 +1635,14 @@ def gather_objects(value) -> list:
     return everyone
 
 
+def from_rank_0(function):
+    """What it returns on rank 0, on all ranks. The others do not call it."""
+    values = [function() if rank_and_world()[0] == 0 else None]
+    if dist.is_initialized():
+        dist.broadcast_object_list(values)
+    return values[0]
+
+
 def keep_freed_memory() -> None:
     """Lets glibc reuse freed tensors; else it hands them back after each operation and gets zeroed pages."""
     if platform.libc_ver()[0] == 'glibc':
@@ -1917,7 +1919,6 @@ class Run:
                 if isinstance(batch, PairBatch):
                     self.new_bad += batch.bad
                     self.new_samples += len(batch.images)
-                    batch = batch[:2]
                 yield batch
         except BadImage as e:  # from a worker it comes with the worker's traceback before it
             said = str(e).strip().splitlines()[-1]

@@ -388,7 +388,7 @@ def average(rows: list[dict]) -> list[dict]:
 
 
 def load_set(name: str, args) -> 'ClassSet':
-    how = (args.root, args.download, args.classnames, args.templates, args.caption_key)
+    how = (args.root, args.download, args.classnames, args.templates, args.caption_key, args.index_dir)
     read = partial(class_set, name, args.split, *how)
     fetched = args.download and not name.endswith('.tar') and not Path(name).exists()
     images = read() if args.rank == 0 or not fetched else None  # the others find what rank 0 fetches
@@ -449,8 +449,10 @@ def retrieval(args) -> Report:
 
     Attacked are the images, against all their captions (image → text); text → image is measured on the same.
     DIR: a CLIP each. --data: 'easyvqa', a folder with metadata.jsonl or SPLIT/*.tar, or 'DIR/*.tar'."""
-    rows, outcomes, images = [], [], caption_set(args.data[0], args.split, args.caption_key)
-    numbers = sample(len(images[0]), args.data[0], args)
+    rows, outcomes, how = [], [], (args.split, args.caption_key, args.index_dir)
+    n, captions, image = caption_set(args.data[0], *how)
+    numbers = sample(n, args.data[0], args)
+    images = {i: captions(i) for i in numbers}, image
     for path in args.dirs:
         task = Retrieval(args, Classifier(path, args.device, args.native), images, numbers)
         for eps, found in measure(args, task, numbers, [0.0, *args.eps], Path(path).name).items():
@@ -1261,7 +1263,7 @@ SHORT = '\nAnswer the question using a single word or phrase.'  # how LLaVA is a
 
 
 def class_set(
-    name, split='test', root='data', download=False, classnames='', templates='', caption_key='text'
+    name, split='test', root='', download=False, classnames='', templates='', caption_key='text', index_dir=''
 ) -> ClassSet:
     """name: 'easyvqa'; a folder (metadata.jsonl, whose captions are the classes; CLIP_benchmark's layout:
     classnames.txt, SPLIT/*.tar; or one for each class); 'SPLIT/*.tar'; or a class of torchvision.datasets.
@@ -1279,7 +1281,7 @@ def class_set(
         found = captions_as_classes(name, split, caption_key)
     elif tars:
         how = (name, '') if pattern else (f'{path}, split {split}', split)
-        found = shards(tars, shipped('zeroshot_classification_templates.txt'), *how)
+        found = shards(tars, shipped('zeroshot_classification_templates.txt'), *how, index_dir)
         file = file or shipped('classnames.txt')
     elif path.is_dir():
         found, file = image_folder(path, split), file or path / 'classnames.txt'
@@ -1326,18 +1328,18 @@ def captions_as_classes(name: str, split: str, caption_key: str) -> ClassSet:
     return ClassSet(len(of), lambda i: (data.read_image(of[i]), labels[i]), *how)
 
 
-def tars_in(where: Path | str, caption_key: str = 'text') -> data.Shards:
+def tars_in(where: Path | str, caption_key: str = 'text', index_dir: str = '') -> data.Shards:
     """where: a folder of tars, of which nshards.txt, if it is there, says how many; or a pattern of tars"""
     files = data.shard_files(where if isinstance(where, str) else f'{glob.escape(str(where))}/*.tar')
     said = Path(where) / 'nshards.txt'
     if said.is_file() and (text := data.read_text(said, '--data').strip()) != str(len(files)):
         data.fail(f'{said} says {text} shards; there are {len(files)} *.tar')
-    return data.Shards(files, caption_key)
+    return data.Shards(files, caption_key, index_dir)
 
 
-def shards(where: Path | str, templates: Path, note: str, split: str) -> ClassSet:
+def shards(where: Path | str, templates: Path, note: str, split: str, index_dir: str) -> ClassSet:
     """CLIP_benchmark's layout: classnames.txt, templates, SPLIT/*.tar with images and .cls"""
-    tars = tars_in(where)
+    tars = tars_in(where, index_dir=index_dir)
 
     def item(number: int) -> tuple[Image.Image, int]:
         name, found = tars.members(number)
@@ -1386,23 +1388,24 @@ def from_torchvision(name: str, split: str, root: str, download: bool) -> ClassS
     return ClassSet(len(images), item, classes, templates, note.strip(), split)
 
 
-def caption_set(
-    name: str, split='test', caption_key='text'
-) -> tuple[list[list[str]], Callable[[int], Image.Image]]:
-    """(captions of each image, number → image) of 'easyvqa', a folder with metadata.jsonl (an image may have
-    several lines), or shards, whose texts have a caption a line (CLIP_benchmark's MS-COCO)"""
+def caption_set(name: str, split='test', caption_key='text', index_dir='') -> tuple[int, Callable, Callable]:
+    """(how many images, number → captions, number → image) of 'easyvqa', a folder with metadata.jsonl (an
+    image may have several lines), or shards, whose texts have a caption a line (CLIP_benchmark's MS-COCO)"""
     pattern = name.endswith('.tar')
     where = name if pattern else data.split_folder(Path(name), split)
     if pattern or any(where.glob('*.tar')):
-        tars = tars_in(where, caption_key)
-        texts = [tars.caption(*tars.members(i), 0, i) for i in range(len(tars))]
-        captions = [[c.strip() for c in text.split('\n') if c.strip()] for text in texts]
-        return captions, lambda number: tars.image(*tars.members(number))
+        tars = tars_in(where, caption_key, index_dir)
+
+        def captions(number: int) -> list[str]:
+            text = tars.caption(*tars.members(number), 0, number)
+            return [c.strip() for c in text.split('\n') if c.strip()]
+
+        return len(tars), captions, lambda number: tars.image(*tars.members(number))
     pairs, of = data.load_pairs(name, split, caption_key=caption_key), {}
     for file, caption in zip(pairs.files, pairs.captions):
         of.setdefault(file, []).append(caption)
     files = list(of)
-    return list(of.values()), lambda number: data.read_image(files[number])
+    return len(of), lambda number: of[files[number]], lambda number: data.read_image(files[number])
 
 
 # ------------------------------------------------------------------------------------- questions and captions
@@ -1639,7 +1642,8 @@ def keep(report: dict, run: Path, args) -> None:
 
 def identity(args) -> list:
     """What a measurement is known by: its settings, and where its data are."""
-    no_settings = 'run dirs data transfer_from json plot grid quiet batch_size device rank world kept'.split()
+    no_settings = 'run dirs data transfer_from index_dir json plot grid quiet batch_size'.split()
+    no_settings += 'device rank world kept'.split()
     settings = {key: value for key, value in vars(args).items() if key not in no_settings}
     used = [*args.data, *(args.dirs + args.transfer_from if args.command == 'audit' else [])]
     return [settings, sorted({os.path.realpath(p) if os.path.exists(p) else p for p in used})]
@@ -1692,6 +1696,7 @@ HELP = {
     'data': "'easyvqa', or what is said above; a folder as for training",
     'split': 'choose on val, report on test',
     'caption_key': 'which key of metadata.jsonl (column of metadata.csv) or of shards has the captions',
+    'index_dir': 'for the indexes of shards; default: beside these',
     'n': 'images (questions of each kind), drawn by --seed; 0: all',
     'attack': '; '.join(f'{name}: {text}' for name, text in ATTACKS.items()),
     'eps': 'radius in 1/255',
@@ -1723,7 +1728,7 @@ HELP = {
 CHOICES = {'subset': ['all', 'held-out', 'seen'], 'prompt': ['', 'v1', 'chat']}
 EVERY = {'seed': 0, 'batch_size': 32, 'json': '', 'quiet': False}
 SET = {'data': ['easyvqa'], 'split': 'test', 'n': 500}
-PAIRS = {**SET, 'caption_key': 'text'}
+PAIRS = {**SET, 'caption_key': 'text', 'index_dir': ''}
 CLASSES = {**PAIRS, 'root': 'data', 'download': False, 'classnames': '', 'templates': ''}
 ATTACKED = {'attack': 'ensemble', 'native': False}
 ROUNDS = {**SET, 'image_root': '', 'attack': 'ensemble', 'eps': [12.0], 'iterations': 100, 'prompt': ''}

@@ -92,7 +92,7 @@ def test_folder(photos):
     tokenizer = data.train_tokenizer(pairs.captions, 8, 400)
     whole = [batches(pairs, tokenizer, 4, range(3), workers=w) for w in (0, 2)]
     assert len(whole[0]) == 3  # and decoding in other processes changes nothing:
-    for (images, tokens), (images2, tokens2) in zip(*whole, strict=True):
+    for (images, tokens, _), (images2, tokens2, _) in zip(*whole, strict=True):
         assert images.shape == (4, 3, 16, 16) and images.dtype == torch.uint8 and tokens.shape == (4, 8)
         assert torch.equal(images, images2) and torch.equal(tokens, tokens2)
 

@@ -428,13 +428,14 @@ def test_other_weights_are_measured_anew(trained, tmp_path):
         (['--beta2', '1'], '--beta2 1 .*below 1'),
         (['--warmup', '-0.1'], '--warmup -0.1'),
         (['--out', ' '], '--out: must be the name of a folder'),
+        (['--samples', '1e4', '--steps', '9'], '--steps 9 --samples 10000: one of the two'),
         (['--stepz', '3'], 'unrecognized arguments: --stepz 3; did you mean --steps?'),
     ],
 )
 def test_settings_that_cannot_be_meant(words, message, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for module in (clip_adv, llava_adv):
-        if module is llava_adv and (words[0] == '--beta2' or words[0] == '--stepz'):
+        if module is llava_adv and (words[0] in ('--beta2', '--samples', '--stepz')):
             continue
         with pytest.raises(SystemExit) as e:
             module.main(*data.parse(module.Config, '', words))

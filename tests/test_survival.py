@@ -221,7 +221,8 @@ def test_two_hosts(whole, driver, tmp_path):
 
 def test_workers_do_not_keep_a_failed_rank():
     """Which the others would wait for."""
-    code = 'import sys, data\nsys.kept = iter(data.loader(range(9), [[i] for i in range(9)], workers=1))\n'
+    code = 'import sys, data\nbatches = [[i] for i in range(9)]\n'
+    code += 'sys.kept = iter(data.loader(range(9), batches, workers=1, collate=list))\n'
     command = [sys.executable, '-c', f'{code}next(sys.kept)\nraise ValueError("of this rank")']
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=120)
     assert done.returncode == 1 and 'of this rank' in done.stderr

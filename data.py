@@ -1627,6 +1627,13 @@ def launcher_gone() -> bool:
     return dist.is_initialized() and os.getppid() != PARENT
 
 
+def end_launcher() -> None:
+    """Where all ranks stop on purpose: torchrun would end in a traceback, or start them again."""
+    first = 'TORCHELASTIC_RUN_ID' in os.environ and os.environ['LOCAL_RANK'] == '0'
+    if first and os.getppid() == PARENT:
+        os.kill(PARENT, signal.SIGUSR1)
+
+
 def gather_objects(value) -> list:
     """[value of rank 0, value of rank 1, …] on all ranks."""
     everyone = [value] * rank_and_world()[1]
@@ -1969,17 +1976,13 @@ class Run:
         """After a signal, when everything is saved."""
         if self.rank == 0:
             hosts = int(os.environ.get('GROUP_WORLD_SIZE', 1))  # as torchrun calls it
-            launcher = (
-                f'torchrun {f"--nnodes {hosts} … " * (hosts > 1)}--nproc_per_node {self.world // hosts}'
-            )
-            launcher = launcher if dist.is_initialized() else 'python'
+            launcher = f'torchrun {f"--nnodes {hosts} … " * (hosts > 1)}--nproc_per_node'
+            launcher = f'{launcher} {self.world // hosts}' if dist.is_initialized() else 'python'
             command = f'{launcher} {shlex.quote(sys.argv[0])} --out {shlex.quote(str(self.out))} --resume'
             said = f'saved after update {step} of {self.steps}. Continue with\n  {command}'
             print(f'{signal.Signals(number).name}: {said}', flush=True)
         self.end_processes()
-        first = 'TORCHELASTIC_RUN_ID' in os.environ and os.environ['LOCAL_RANK'] == '0'
-        if first and os.getppid() == PARENT:
-            os.kill(PARENT, signal.SIGUSR1)  # torchrun would end in a traceback, or start its ranks again
+        end_launcher()
         sys.exit(128 + number)
 
     def finish(self, what_now: str) -> None:

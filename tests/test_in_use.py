@@ -399,6 +399,20 @@ def test_a_stopped_evaluation_goes_on(trained, tmp_path, signal_number, monkeypa
     assert not list(tmp_path.glob('*.partial*'))
 
 
+@pytest.mark.slow
+def test_a_stopped_evaluation_ends_torchrun_without_a_traceback(trained, tmp_path):
+    words = ['zeroshot', trained, '--n', '60', '--eps', '4', '--json', tmp_path / 'a.json']
+    command = torchrun(2, ROOT / 'eval.py', *map(str, words))
+    with subprocess.Popen(command, env=environment(), stdout=-1, stderr=-3) as launcher:
+        wait_for(lambda: list(tmp_path.glob('*.partial0')))
+        launcher.send_signal(signal.SIGINT)
+        said = launcher.stdout.read().decode()
+    assert launcher.returncode == -signal.SIGUSR1 and 'Traceback' not in said, said
+    assert 'SIGINT: stopped; what was measured is kept' in said
+    execute(command)
+    assert json.loads((tmp_path / 'a.json').read_text())['rows']
+
+
 def report(words, file):
     evaluation.main(evaluation.parse([*words, '--quiet', '--json', str(file)]))
     return json.loads(file.read_text())

@@ -968,6 +968,7 @@ def measuring(cfg: Config) -> str:
         return shlex.join(['python', 'eval.py', 'zeroshot', cfg.out])
     command = ['python', 'eval.py', 'retrieval', cfg.out, '--data', cfg.data]
     command += ['--caption_key', cfg.caption_key] if cfg.caption_key != 'text' else []
+    command += ['--index_dir', cfg.index_dir] if cfg.index_dir else []
     splits = ('test', 'val', 'validation', 'valid', 'train')
     there = [split for split in splits if (Path(cfg.data) / split).is_dir()] + ['test']
     return shlex.join(command + (['--split', there[0]] if there[0] != 'test' else []))

@@ -162,8 +162,8 @@ def test_one_layout_with_and_without_splits(tmp_path, pairs, capsys):
         assert (python, script) == ('python', 'eval.py')
         evaluation.main(evaluation.parse([*arguments, '--attack', 'none', '--quiet']))
         assert (trained_on in capsys.readouterr().err) == said
-    found = clip_adv.measuring(clip_adv.Config(data='a b', caption_key='alt', out='r s'))
-    assert found == "python eval.py retrieval 'r s' --data 'a b' --caption_key alt"
+    found = clip_adv.measuring(clip_adv.Config(data='a b', caption_key='alt', index_dir='i', out='r s'))
+    assert found == "python eval.py retrieval 'r s' --data 'a b' --caption_key alt --index_dir i"
 
 
 # ----------------------------------------------------------------------------------- checkpoints and exports

@@ -373,7 +373,7 @@ def frozen(module: nn.Module):
 # =============================================================================================== the training
 def main(cfg: Config, given: set[str]) -> None:
     """Trains.   given: names of the settings that the user chose; data.parse makes both"""
-    rank, world, device = data.start_processes()
+    rank, world, device = data.start_processes(hours=2)  # rank 0 reads and saves for all
     state, cfg = data.open_run(cfg, given)
     check_config(cfg, given, world)
     first_step = state['step'] if state else 0
@@ -386,15 +386,16 @@ def main(cfg: Config, given: set[str]) -> None:
     model, tokenizer = build(cfg, given, pairs, state)
     model.to(device).train()
     compile_towers(model, cfg.compile, device)
-    step_model = DDP(model) if world > 1 else model
+    step_model = DDP(model, broadcast_buffers=False) if world > 1 else model  # mean and std are constants
     matrices = {'params': [p for p in model.parameters() if p.ndim >= 2], 'weight_decay': cfg.wd}
     others = {'params': [p for p in model.parameters() if p.ndim < 2], 'weight_decay': 0.0}
     optimizer = torch.optim.AdamW([matrices, others], betas=(0.9, cfg.beta2), fused=True)
     if state:
         data.load_optimizer(optimizer, state)
+    del state  # its file is mapped
 
     facts = arithmetic(cfg, pairs, model, tokenizer, world) if rank == 0 else ''  # it reads captions
-    run = data.Run(cfg, first_step, cfg.steps, facts, device)
+    run = data.Run(cfg, first_step, cfg.steps, facts, device, len(pairs))
     wrong = not_in_hf(model.cfg, model.preprocess, tokenizer)
 
     def export(step: int) -> None:
@@ -621,7 +622,7 @@ def build(cfg: Config, given: set[str], pairs: data.Pairs, state: dict | None) -
         tokenizer = data.tokenizer_for(text_cfg, backend)
     else:
         # of shards, rank 0 reads the captions for all: hundreds of ranks would keep a file system busy
-        texts = data.from_rank_0(lambda: pairs.texts(100_000))
+        texts = data.from_rank_0(lambda: pairs.texts(10_000))
         tokenizer = data.train_tokenizer(texts, text_cfg.context_length, cfg.vocab_size)
     clip_cfg.text_cfg = with_tokenizer(text_cfg, tokenizer)
     clip_cfg.text_cfg.vocab_size = tokenizer.vocab_size
@@ -1095,7 +1096,9 @@ def print_plans(cfg, given: set[str], stages: dict) -> None:
         with data.reading(f'--plan {cfg.plan}: {line.strip()[:60]!r}', 'a command as a shell reads it'):
             words = shlex.split(line, comments=True)
         for at in [i for i, word in enumerate(words) if Path(word).name in stages][:1]:
-            per = re.findall(r'--(?:nnodes|nproc[-_]per[-_]node)[ =](\d+)', ' '.join(words[:at]))
+            per = re.findall(r'--(?:nnodes|nproc[-_]per[-_]node)[ =](\S+)', ' '.join(words[:at]))
+            if odd := [count for count in per if not count.isdigit()]:
+                data.fail(f'--plan {cfg.plan}: {odd[0]} of {line.strip()[:60]!r} is no number of processes')
             kind, plan = stages[Path(words[at]).name]
             plans += plan(*data.parse(kind, '', words[at + 1 :]), math.prod(map(int, per)), known)
     if not plans:

@@ -29,6 +29,7 @@ import platform
 import re
 import resource
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -317,6 +318,7 @@ def digests_of(of: dict[str, typing.Iterable]) -> dict[str, str]:
 IMAGE_ENDINGS = 'jpg png webp jpeg gif jfif avif bmp tif tiff'.split()
 WINDOW = 16  # shards whose samples are mixed, see `order`
 IN_A_ROW = 100  # so many bad samples one after another stop a run
+LOST_SHARD = 'the shard cannot be read'  # a kind of bad sample
 INDEX_MARK = int.from_bytes(b'tar-idx1', 'little')
 
 
@@ -325,14 +327,21 @@ def members(file):
     'c.png' of the sample 'a/b'; what is hidden is no part of any, such as macOS' ._NAME.
 
     Headers that are damaged are passed over, up to the next good one; a tar that is cut off ends there."""
-    with contextlib.suppress(tarfile.TarError, ValueError, OverflowError):
-        archive = tarfile.open(fileobj=file, mode='r:', ignore_zeros=True)
-        while member := archive.next():
-            where, slash, name = member.name.rpartition('/')
-            key, _, ending = name.partition('.')
-            if member.isreg() and key and ending:
-                yield where + slash + key, ending.lower(), member, archive.offset
-            archive.members.clear()
+    size, start = file.seek(0, os.SEEK_END), 0
+    while start < size:
+        file.seek(start)
+        try:
+            archive = tarfile.open(fileobj=file, mode='r:', ignore_zeros=True)
+            while member := archive.next():
+                where, slash, name = member.name.rpartition('/')
+                key, _, ending = name.partition('.')
+                if member.isreg() and key and ending:
+                    yield where + slash + key, ending.lower(), member, archive.offset
+                archive.members.clear()
+                start = archive.offset
+            return
+        except (tarfile.TarError, ValueError, OverflowError):  # such as a damaged one behind one of PAX
+            start += 512
 
 
 def shard_files(pattern: str) -> list[str]:
@@ -354,11 +363,12 @@ def shard_files(pattern: str) -> list[str]:
     return sum(lists, []) or fail(f'--data {pattern}: there is no such file')
 
 
-def index_shard(shard: str, index: str) -> None:
-    """The index of a shard: uint64 mark, size and mtime_ns of the shard, 2 × number of samples + (is it cut
-    off?); then for each sample uint32 the first of its blocks of 512 bytes and how many these are.
+def index_shard(shard: str, index: str) -> tuple[int, int, bool]:
+    """Makes the index of a shard; returns what read_index does.
 
-    A sample is neighbours of one key; one that comes again, with the same ending too, is another sample."""
+    It is: uint64 mark, size and mtime_ns of the shard, 2 × number of samples + (is it cut off?); then for
+    each sample uint32 the first of its blocks of 512 bytes and how many these are. A sample is neighbours of
+    one key; one that comes again, with the same ending too, is another sample."""
     with open(shard, 'rb') as file:
         stat, groups, last, end = os.fstat(file.fileno()), [], None, 0  # groups: [first, end, endings]
         for key, ending, member, end in members(file):
@@ -367,13 +377,15 @@ def index_shard(shard: str, index: str) -> None:
             last, groups[-1][1] = key, end // 512
             groups[-1][2].add(ending)
         file.seek(end)
-        cut = end > stat.st_size or any(file.read(512))
+        tail = file.read(512)
+        cut = end > stat.st_size or len(tail) < 512 or any(tail)  # the end is a block of zeros
     known = {*IMAGE_ENDINGS, 'txt', 'json', 'cls'}  # whatever the --caption_key
     rows = np.array([(first, end - first) for first, end, endings in groups if endings & known], '<u4')
     head = np.array([INDEX_MARK, stat.st_size, stat.st_mtime_ns, 2 * len(rows) + cut], '<u8')
     beside = Path(f'{index}.{uuid.uuid4().hex}')  # of this process alone
     write(beside, lambda f: f.write_bytes(head.tobytes() + rows.tobytes()))
     os.replace(beside, index)
+    return len(rows), stat.st_size, cut
 
 
 def read_index(shard: str, index: str) -> tuple[int, int, bool] | None:
@@ -416,13 +428,15 @@ class Shards:
             fail(f'--caption_key {caption_key}: must be KEY, or KEY:WEIGHT,KEY:WEIGHT,… (positive weights)')
         self.keys, self.weights = [key[1] for key in keys], np.cumsum([float(key[2] or 1) for key in keys])
         self.index_dir = index_dir
-        wrong = self.make_indexes(files)
-        opened.cache_clear(), mapped.cache_clear()
-        found = from_rank_0(lambda: [read_index(f, self.index(f)) or (0, 0, False) for f in files])
-        whole = [(f, samples, size) for f, (samples, size, _) in zip(files, found) if samples]
-        for f, (samples, _, is_cut) in zip(files, found):
-            if is_cut or not samples:
-                wrong.setdefault(f, 'it is cut off' if samples else 'no sample is in it, or it is no tar')
+        whole, wrong = [], {}
+        for f, found in self.open_indexes(files).items():
+            if isinstance(found, str):
+                wrong[f] = found
+            elif not found[0]:
+                wrong[f] = 'no sample is in it, or it is no tar'
+            else:
+                whole.append((f, *found[:2]))
+                wrong |= {f: 'it is cut off'} if found[2] else {}
         said = [f'{f}: {why}' for f, why in wrong.items()][:10]
         if not whole or len(files) - len(whole) > max_bad * len(files) or wrong and not max_bad:
             limit = f' (--max_bad {max_bad:g})' if max_bad else ''
@@ -434,10 +448,11 @@ class Shards:
         self.note = f'{self.files[0]} …: {len(self)} pairs in {len(self.files)} of {len(files)} shards'
         self.note += ''.join(f'\nwarning: {line}' for line in said)
 
-    def make_indexes(self, files: list[str]) -> dict[str, str]:
-        """Those that are missing, by all processes together. {shard: why it has none}"""
-        wrong, (rank, world) = {}, rank_and_world()
-        missing = from_rank_0(lambda: [f for f in files if not read_index(f, self.index(f))])
+    def open_indexes(self, files: list[str]) -> dict[str, tuple[int, int, bool] | str]:
+        """{shard: what its index says, or why it has none}; those that are missing are made by all processes
+        together. Rank 0 looks for all: others may see a shared folder as it was a while ago."""
+        found = from_rank_0(lambda: {f: read_index(f, self.index(f)) for f in files})
+        missing, (rank, world) = [f for f in found if not found[f]], rank_and_world()
         if self.index_dir:
             with reading(f'--index_dir {self.index_dir}', 'a folder that can be made'):
                 os.makedirs(self.index_dir, exist_ok=True)
@@ -446,15 +461,16 @@ class Shards:
                 if folder.is_dir() and not os.access(folder, os.W_OK):
                     fail(f'{folder}: no index can be written there: give --index_dir')
         for i in tqdm(range(0, len(missing), world), 'index', disable=rank > 0 or not missing, unit='shard'):
-            failed = {}
+            made = {}
             for shard in missing[i + rank : i + rank + 1]:
                 try:
-                    index_shard(shard, self.index(shard))
-                except OSError as e:
-                    failed[shard] = str(e)
-            for those in gather_objects(failed):  # at each of them, so that none waits for long
-                wrong |= those
-        return wrong
+                    made[shard] = index_shard(shard, self.index(shard))
+                except (OSError, OverflowError) as e:  # the latter: of more than 2 TiB
+                    made[shard] = str(e)
+            for those in gather_objects(made):  # at each of them, so that none waits for long
+                found |= those
+        opened.cache_clear(), mapped.cache_clear()
+        return found
 
     def __len__(self) -> int:
         return int(self.sizes.sum())
@@ -477,7 +493,7 @@ class Shards:
             first, blocks = mapped(self.index(tar))[row - self.ends[shard]].tolist()  # from the shard's end
             content = os.pread(opened(tar).fileno(), 512 * blocks, 512 * first)
         except (OSError, ValueError) as e:
-            raise BadSample('the shard cannot be read', f'{tar}: {e}') from None
+            raise BadSample(LOST_SHARD, f'{tar}: {e}') from None
         found, name = {}, f'{tar}/sample {row}'
         for key, ending, member, end in members(io.BytesIO(content)):
             name = f'{tar}/{key}'
@@ -520,7 +536,10 @@ class Shards:
         """(image, caption).   side: as in read_image; number: of the sample, which its caption is drawn by"""
         name, found = self.members(row)
         try:
-            return self.image(name, found, side), self.caption(name, found, seed, number)
+            image, caption = self.image(name, found, side), self.caption(name, found, seed, number)
+            if max(image.size) > 50 * min(image.size):  # with its short side resized it would be huge
+                raise BadSample('the image is a strip', f'{name}: {image.width} × {image.height} pixels')
+            return image, caption
         except BadSample:
             raise
         except Exception as e:  # PIL has many kinds
@@ -600,13 +619,16 @@ def write_shards(src: str, out: Path, split: str, root: str, download: bool, per
                     tar.addfile(member, io.BytesIO(part))
                 bar.update()
 
-    out.mkdir(parents=True, exist_ok=True)
+    beside = out.with_name(f'{out.name}.tmp')  # so that OUT is all of them, or none
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir(parents=True)
     with tqdm(total=n, desc='shards', unit='sample') as bar:
         for first in range(0, n, per_shard):
             numbers = range(first, min(first + per_shard, n))
-            write(out / f'{first // per_shard:05}.tar', functools.partial(content, numbers))
+            write(beside / f'{first // per_shard:05}.tar', functools.partial(content, numbers))
     if names:
-        write(out / 'classnames.txt', '\n'.join(names) + '\n')
+        write(beside / 'classnames.txt', '\n'.join(names) + '\n')
+    os.replace(beside, out)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -866,7 +888,6 @@ class PairDataset(torch.utils.data.Dataset):
 
     def __init__(self, pairs: Pairs | Shards, tokenizer: 'Tokenizer', fit: Fit, seed: int):
         self.pairs, self.tokenizer, self.fit, self.seed = pairs, tokenizer, fit, seed
-        self.attempts = IN_A_ROW
         self.side = math.ceil(2 * fit.size / 0.9**0.5)  # of what random_crop leaves, twice the size at least
         self.shapes = pairs.augment == 'shapes'  # few and small: decoded, resized and encoded once
         self.images = [fit(read_image(f)) for f in pairs.files] if self.shapes else []
@@ -878,7 +899,7 @@ class PairDataset(torch.utils.data.Dataset):
         if self.shapes:
             return shift_and_flip(self.images[row], g), self.tokens[row], []
         bad = []
-        for attempt in range(self.attempts):
+        for attempt in range(IN_A_ROW):
             try:
                 image, caption = self.pairs.read(row, self.side, self.seed, number)
                 return self.fit(random_crop(image, g)), self.tokenizer([caption])[0], bad
@@ -886,7 +907,6 @@ class PairDataset(torch.utils.data.Dataset):
                 bad.append((number, *e.args))
                 other = generator(self.seed, f'in place {attempt}', number)
                 row = int(torch.randint(len(self.pairs), (), generator=other))
-        self.attempts = 0  # the run is about to stop: no more of it
         return torch.zeros(3, *[self.fit.size] * 2, dtype=torch.uint8), self.tokenizer([''])[0], bad
 
 
@@ -1697,6 +1717,8 @@ def write(path: Path, content, kept_as: str = '') -> None:
     except Exception as e:  # torch.save and safetensors raise their own kinds for a full disk
         with contextlib.suppress(OSError):
             beside.unlink(missing_ok=True)
+        if isinstance(e, BadImage):  # of what is written, not of writing it
+            fail(str(e))
         said = f'cannot write {path}: {e}. What was saved before is intact; when there is room and permission'
         fail(f'{said}, give the same command again, to a training with --resume')
 
@@ -1758,7 +1780,8 @@ def open_run(cfg, given: set[str]) -> tuple[dict | None, object]:
     known = {f.name for f in fields(cfg)}
     if unknown := sorted(set(old) - known):
         fail(f'--resume: the run in {out} is not of this stage, or of another version: it has --{unknown[0]}')
-    for name in (given if cfg.resume else known) & set(old) - FREE_ON_RESUME:  # restarted: it is this run
+    derived = {'steps'} if getattr(cfg, 'samples', 0) else set()
+    for name in (given if cfg.resume else known - derived) & set(old) - FREE_ON_RESUME:  # else: this very run
         if getattr(cfg, name) not in (old[name], None, ''):  # these are filled in
             fail(f'--{name} {getattr(cfg, name)}: the run in {out} has {old[name]}; leave it out to continue')
     kept = {name: value for name, value in old.items() if name not in given | {'out', 'resume'}}
@@ -1836,10 +1859,10 @@ def step_of(line: str) -> float:
 class Run:
     """What happens around the steps of either stage: first output, log lines, checkpoints, signals.
 
-    facts: what is trained on what, and what an update costs, for the first output"""
+    facts: what is trained on what, and what an update costs, for the first output.  pairs: in the data"""
 
-    def __init__(self, cfg, first_step: int, steps: int, facts: str, device: torch.device):
-        self.cfg, self.steps = cfg, steps
+    def __init__(self, cfg, first_step: int, steps: int, facts: str, device: torch.device, pairs: int = 0):
+        self.cfg, self.steps, self.pairs = cfg, steps, pairs
         self.out, self.saved_step, self.started, self.signal = Path(cfg.out), first_step, time.time(), 0
         self.rank, self.world = rank_and_world()
         self.last_log, self.last_lap = (self.started, first_step), 0.0
@@ -1961,11 +1984,17 @@ class Run:
             self.bad[kind] += 1
             if self.rank == 0 and self.bad.total() <= 10:
                 print(f'warning: {kind}: {more}; another sample takes its place', file=sys.stderr)
-        self.samples, total = self.samples + samples, self.bad.total()
+        if self.rank == 0 and found:
+            with contextlib.suppress(OSError), open(self.out / 'bad_samples.txt', 'a') as file:
+                file.writelines(f'{number}: {kind}: {more}\n' for number, kind, more in found)
+        self.samples, total, lost = self.samples + samples, self.bad.total(), self.bad[LOST_SHARD]
         if self.rank == 0 and total > 10 and total.bit_length() > before.bit_length():  # twice as many
             print(f'warning: {self.bad_samples()}', file=sys.stderr)
-        many = f'{IN_A_ROW} in a row' if longest >= IN_A_ROW else f'more than --max_bad {self.cfg.max_bad:g}'
-        if longest >= IN_A_ROW or self.samples >= 1000 and total > self.cfg.max_bad * (self.samples + total):
+        # a lost shard is many of its window's samples: what counts is how many these are of all
+        met, limit = self.samples + total, self.cfg.max_bad
+        over = lost > limit * max(met, self.pairs) or self.samples >= 1000 and total - lost > limit * met
+        if longest >= IN_A_ROW or over:
+            many = f'{IN_A_ROW} in a row' if longest >= IN_A_ROW else f'more than --max_bad {limit:g}'
             fail(f'{many}: {self.bad_samples()}; stopped, {self.kept()}')
 
     def bad_samples(self) -> str:

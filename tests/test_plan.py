@@ -249,7 +249,8 @@ python llava_adv.py --init runs/b --out runs/c --steps_a 0 --steps_b 10 --micro_
     flops = [float(line.split()[-2]) for line in table]
     assert flops[-1] == pytest.approx(sum(flops[:-1]), rel=0.01)
     assert [p.name for p in tmp_path.iterdir()] == ['recipe.sh']
-    for text, said in [('echo "', "'echo"), ('ls', 'no command'), ('clip_adv.py --init runs/none', 'none')]:
+    wrong = [('echo "', "'echo"), ('ls', 'no command'), ('clip_adv.py --init runs/none', 'none')]
+    for text, said in [*wrong, ('torchrun --nproc_per_node gpu clip_adv.py', 'gpu of .* is no number')]:
         (tmp_path / 'recipe.sh').write_text(text)
         with pytest.raises(SystemExit, match=said):
             clip_adv.print_plans(cfg, given, STAGES)

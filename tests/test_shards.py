@@ -1,5 +1,6 @@
 """Tar shards: their index, the order, what is bad in them, and what webdataset reads of the same files."""
 
+import contextlib
 import io
 import json
 import multiprocessing
@@ -106,9 +107,9 @@ def test_a_window_is_of_a_few_shards_and_mixes_them(narrow):
         of = np.searchsorted(ends, rows, 'right')
         met = list(dict.fromkeys(of.tolist()))
         for window in range(0, 10, 3):
-            those, before = met[window : window + 3], met[:window]
-            at = np.flatnonzero(np.isin(of, those))
-            assert np.array_equal(at, np.arange(at[0], at[0] + sum(SIZES[i] for i in those))) or before == []
+            before, those = (sum(SIZES[i] for i in met[a:b]) for a, b in ((0, window), (window, window + 3)))
+            at = np.flatnonzero(np.isin(of, met[window : window + 3]))
+            assert np.array_equal(at, np.arange(before, before + those))
         first = of[: sum(SIZES[i] for i in met[:3])].tolist()
         assert set(first) == set(met[:3]) and first != sorted(first, key=met.index)
 
@@ -308,12 +309,55 @@ def rubbish(folder):
     return [*bad, 'the image cannot be decoded', 'no caption', 'the shard is cut off or damaged here']
 
 
+@pytest.mark.parametrize('format', [tarfile.USTAR_FORMAT, tarfile.PAX_FORMAT])
+@pytest.mark.parametrize('rotten', ['00000.jpg', '00003.txt', '00008.jpg'])
+def test_one_rotten_header_costs_one_sample(tmp_path, format, rotten):
+    """Also behind one of PAX, as webdataset's writer puts before each member, for a time with a fraction."""
+    with tarfile.open(tmp_path / '0.tar', 'w', format=format) as archive:
+        for name, content in good(9).items():
+            member = tarfile.TarInfo(name)
+            member.size, member.mtime = len(content), 1.5 if format == tarfile.PAX_FORMAT else 1
+            archive.addfile(member, io.BytesIO(content))
+    content = bytearray((tmp_path / '0.tar').read_bytes())
+    with tarfile.open(tmp_path / '0.tar') as archive:
+        at = archive.getmember(rotten).offset_data - 512
+    content[at : at + 100] = os.urandom(100)
+    (tmp_path / '0.tar').write_bytes(content)
+    pairs, read = data.load_pairs(f'{tmp_path}/0.tar'), []
+    for row in range(len(pairs)):
+        with contextlib.suppress(data.BadSample):
+            read.append(pairs.read(row, 0, 0, 0)[1])
+    assert read == [f'photo {i}' for i in range(9) if i != int(rotten[:5])]
+
+
+def test_a_tar_that_ends_between_two_members_is_cut_off(tmp_path):
+    whole = Path(tar(tmp_path / '0.tar', good(6))).read_bytes()
+    with tarfile.open(tmp_path / '0.tar') as archive:
+        ends = [archive.getmember(name).offset for name in ('00003.jpg', '00003.txt')]
+    for end, samples in zip(ends, (3, 4)):
+        (tmp_path / '0.tar').write_bytes(whole[:end])
+        with pytest.raises(SystemExit, match=r'0\.tar: it is cut off'):
+            data.load_pairs(f'{tmp_path}/0.tar')
+        pairs = data.load_pairs(f'{tmp_path}/0.tar', max_bad=0.01)
+        assert len(pairs) == samples and 'it is cut off' in pairs.note
+
+
+def test_a_strip_is_a_bad_sample(tmp_path):
+    """Resized to a short side of 336 px, an image of 60 × 1 would be one of 20,160."""
+    files = {'a.jpg': jpeg(0, (50, 1)), 'a.txt': b'a', 'b.jpg': jpeg(0, (1, 51)), 'b.txt': b'b'}
+    tar(tmp_path / '0.tar', files)
+    pairs = data.load_pairs(f'{tmp_path}/0.tar')
+    assert pairs.read(0, 0, 0, 0)[0].size == (50, 1)
+    with pytest.raises(data.BadSample, match='the image is a strip.*b: 1 × 51 pixels'):
+        pairs.read(1, 0, 0, 0)
+
+
 def test_bad_samples_and_their_good_neighbours(tmp_path, capsys):
     kinds = rubbish(tmp_path)
     (tmp_path / '2.tar').write_bytes(os.urandom(5000))  # garbage, and one that is missing
     with pytest.raises(
         SystemExit,
-        match=r'3 of 4 shards cannot be read as a whole .--max_bad 0.49.:\n.*3\.tar: .*No such file',
+        match=r'(?s)3 of 4 shards cannot be read as a whole .--max_bad 0.49.:\n.*3\.tar: .*No such file',
     ):
         data.load_pairs(f'{tmp_path}/{{0..3}}.tar', max_bad=0.49)
     with pytest.raises(SystemExit, match=r'1 of 1 shards cannot be read as a whole .--max_bad 1.:\n.*2\.tar'):
@@ -437,14 +481,39 @@ def test_a_shard_that_becomes_unreadable_halfway(tmp_path, monkeypatch, capsys):
 
 
 def test_a_row_of_bad_samples_goes_over_the_borders_of_batches(tmp_path):
-    run = data.Run.__new__(data.Run)
-    run.cfg, run.rank, run.bad, run.samples, run.row = clip_adv.Config(max_bad=1), 1, Counter(), 0, (-2, 0)
-    run.saved_step = 0
+    run = counting(tmp_path, max_bad=1.0)
     for first in (0, 40):
         run.count_bad([(i, 'bad', '') for i in range(first, first + 40)], 40)
     run.count_bad([(i, 'bad', '') for i in range(81, 120)], 40)  # 80 was good
     with pytest.raises(SystemExit, match='100 in a row'):
         run.count_bad([(i, 'bad', '') for i in range(120, 182)], 62)
+    of_81 = (tmp_path / 'bad_samples.txt').read_text().splitlines()[80]
+    assert of_81 == '81: bad: '
+
+
+def counting(out, max_bad, pairs=0):
+    """A Run as far as it counts."""
+    run = data.Run.__new__(data.Run)
+    run.cfg, run.rank, run.out, run.pairs = clip_adv.Config(max_bad=max_bad), 0, out, pairs
+    run.bad, run.samples, run.row, run.saved_step = Counter(), 0, (-2, 0), 0
+    return run
+
+
+def test_a_lost_shard_counts_as_its_part_of_the_data(tmp_path):
+    """And not as its part of the window that it is in, which is a 16th; of other bad samples there may be no
+    more than --max_bad among those that were met."""
+    lost = data.LOST_SHARD
+    for kind, others, goes_on in ((lost, 0, True), ('bad', 0, False), (lost, 20, False)):
+        run = counting(tmp_path, max_bad=0.01, pairs=200_000)
+        stops = pytest.raises(SystemExit, match='more than --max_bad')
+        with contextlib.nullcontext() if goes_on else stops:
+            for first in range(0, 3200, 320):  # a shard of 200 in a window of 3,200
+                found = [(i, kind, '') for i in range(first, first + 320, 16)]
+                run.count_bad(found + [(first + i, 'bad', '') for i in range(1, 1 + others)], 300)
+            assert run.bad.total() == 200
+    run = counting(tmp_path, max_bad=0.01, pairs=19_000)  # more than 1 % of all
+    with pytest.raises(SystemExit, match='191 × the shard cannot be read'):
+        run.count_bad([(16 * i, lost, '') for i in range(191)], 3000)
 
 
 # ------------------------------------------------------------------------------------------------- whole runs
@@ -502,6 +571,11 @@ def test_shards_of_a_folder(tmp_path):
     for src, out, message in (('src', 'out', 'out is not empty'), ('none', 'new', 'none: no such folder')):
         with pytest.raises(SystemExit, match=message):
             write(tmp_path / src, tmp_path / out)
+    (tmp_path / 'src' / '5.ppm').write_bytes(b'no image')
+    for _ in range(2):  # nothing that looks whole is left, and it can be repeated
+        with pytest.raises(SystemExit, match=r'^error: cannot decode the image .*5\.ppm'):
+            write(tmp_path / 'src', tmp_path / 'new', '--per_shard', 1)
+        assert not (tmp_path / 'new').exists()
 
 
 def test_shards_of_classes(tmp_path):

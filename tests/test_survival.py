@@ -174,9 +174,10 @@ def test_stopped(whole, driver, tmp_path, number, whom, workers):
 
 @pytest.mark.slow
 def test_restarted(whole, driver, tmp_path):
-    """By torchrun, within one command."""
-    out = tmp_path / 'run'
-    code, said = hurt(launch(2, driver, out, '--max-restarts=2', **SETTINGS), '1 SIGKILL 8')
+    """By torchrun, within one command; its length is given as --samples."""
+    out, settings = tmp_path / 'run', SETTINGS | {'samples': SETTINGS['steps'] * SETTINGS['batch_size']}
+    del settings['steps']
+    code, said = hurt(launch(2, driver, out, '--max-restarts=2', **settings), '1 SIGKILL 8')
     assert code == 0 and 'continuing after update 6' in said and 'done: 12 updates' in said, said
     assert_same(state(out), whole[2])
 
@@ -198,14 +199,17 @@ def test_full_disk(whole, driver, tmp_path):
 @pytest.mark.slow
 def test_two_hosts(whole, driver, tmp_path):
     """Two of torchrun on this one: the run of one torchrun with two processes; stopped on either, it is
-    saved."""
+    saved; and after a rank was killed it is restarted, as README has it."""
     out, ends = tmp_path / 'run', [0]
     for stopped in (0, 1, None):
         command = launch(2, driver, out, **({} if ends[-1] else SETTINGS), resume=True)
         port, words = command[command.index('--master_port') + 1], command[command.index('--') :]
         endpoint = f'--rdzv-backend=c10d --rdzv-endpoint=localhost:{port} --rdzv-id=1'
+        endpoint += ' --max-restarts=3'
         command = [*command[:3], '--nnodes=2', '--nproc_per_node=1', *endpoint.split(), *words]
-        how = dict(env=environment(), stdout=-1, stderr=-2, text=True)
+        killed = {} if stopped is not None else {'HURT': '1 SIGKILL 2'}
+        how = environment(TORCH_DISABLE_SHARE_RDZV_TCP_STORE='1', **killed)
+        how = dict(env=how, stdout=-1, stderr=-2, text=True)
         with subprocess.Popen(command, **how) as one, subprocess.Popen(command, **how) as other:
             if stopped is not None:
                 wait_for(lambda: (out / 'train_state.pt').exists() and state(out)['step'] > ends[-1])
@@ -215,7 +219,7 @@ def test_two_hosts(whole, driver, tmp_path):
         if stopped is not None:
             assert f'SIGTERM: saved after update {ends[-1]} of 12' in said and 'Traceback' not in said, said
             assert ends[-1] < 12 and one.returncode and other.returncode
-    assert one.returncode == other.returncode == 0, said
+    assert one.returncode == other.returncode == 0 and said.count('continuing after update') > 1, said
     assert_same(state(out), whole[2])
 
 

@@ -380,7 +380,7 @@ def main(cfg: Config, given: set[str]) -> None:
 
     # --------------------------------------------------------------------------------- data, model, optimizer
     which = cfg.holdout, cfg.caption_key, cfg.index_dir, cfg.max_bad
-    pairs = data.load_pairs(cfg.data, 'train', *which)
+    pairs = data.load_pairs(cfg.data, 'train', *which, state['data'].get('left out', ()) if state else ())
     known_by = {'--data': pairs.fingerprint()}
     data.check_resumed(state, known_by)
     model, tokenizer = build(cfg, given, pairs, state)
@@ -467,7 +467,8 @@ def main(cfg: Config, given: set[str]) -> None:
             run.log(step + 1, cfg.batch_size, bar, **row, attack_ms=attack_ms, train_ms=train_ms)
         signal = run.asked_to_stop()
         if signal or (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps:
-            weights = {'model': model.state_dict(), 'optimizer': optimizer.state_dict(), 'data': known_by}
+            weights = {'model': model.state_dict(), 'optimizer': optimizer.state_dict()}
+            weights['data'] = known_by | {'left out': pairs.left_out}
             model_cfg = open_clip_config(model.cfg, model.preprocess)
             run.save(step + 1, {**weights, **model_cfg, 'tokenizer': tokenizer.backend.to_str()})
             export(step + 1)

@@ -136,6 +136,7 @@ class Pairs:
     captions: list[str]
     augment: str
     note: str  # one line for the user: where the captions come from and how many there are
+    left_out = ()  # see Shards
 
     def __len__(self) -> int:
         return len(self.files)
@@ -157,14 +158,14 @@ class Pairs:
 
 
 def load_pairs(
-    data: str, split='train', holdout: str = '', caption_key: str = 'text', index_dir='', max_bad: float = 0
+    data: str, split='train', holdout='', caption_key='text', index_dir='', max_bad: float = 0, without=()
 ) -> 'Pairs | Shards':
-    """data: 'easyvqa', a folder, or the tars of Shards, which index_dir and max_bad are for.
+    """data: 'easyvqa', a folder, or the tars of Shards, which index_dir, max_bad and without are for.
     split: train, val or test.  holdout: 'red circle,blue triangle', say"""
     if data.endswith('.tar'):
         if holdout:
             fail(f'--holdout {holdout}: not with shards, whose captions nobody has in a list')
-        return Shards(shard_files(data), caption_key, index_dir, max_bad)
+        return Shards(shard_files(data), caption_key, index_dir, max_bad, without)
     pairs = easyvqa(split) if data == 'easyvqa' else folder(Path(data), split, caption_key)
     if held := held_out(holdout):
         if missing := set(held) - set(map(pair_name, pairs.captions)):
@@ -400,6 +401,11 @@ def read_index(shard: str, index: str) -> tuple[int, int, bool] | None:
             return count // 2, size, bool(count % 2)
 
 
+def short(shard: str) -> str:
+    """The name by which a run knows it, wherever its data are moved."""
+    return '/'.join(Path(shard).parts[-2:])
+
+
 @functools.lru_cache(2 * WINDOW)
 def opened(shard: str):
     return open(shard, 'rb', buffering=0)
@@ -417,11 +423,12 @@ class Shards:
 
     caption_key: a member's ending or a key of the sample's json; 'text' is the txt, or else that key. Of
     several with weights, 'txt:0.2,alt:0.8', one is drawn for each sample; or another, where it is missing.
-    max_bad: fraction of the shards that may be unreadable; 0: none may even be cut off."""
+    max_bad: fraction of the shards that may be unreadable; 0: none may even be cut off.
+    without: names of shards that the run began without, and goes on without (left_out)."""
 
     augment = 'crop'
 
-    def __init__(self, files: list[str], caption_key: str = 'text', index_dir='', max_bad: float = 0):
+    def __init__(self, files: list[str], caption_key='text', index_dir='', max_bad: float = 0, without=()):
         pattern = re.compile(r'\s*([^\s:]+)(?::(?=[\d.]*[1-9])(\d*\.?\d*))?\s*')
         keys = [pattern.fullmatch(key) for key in caption_key.split(',')]
         if not all(keys):
@@ -429,7 +436,7 @@ class Shards:
         self.keys, self.weights = [key[1] for key in keys], np.cumsum([float(key[2] or 1) for key in keys])
         self.index_dir = index_dir
         whole, wrong = [], {}
-        for f, found in self.open_indexes(files).items():
+        for f, found in self.open_indexes([f for f in files if short(f) not in without]).items():
             if isinstance(found, str):
                 wrong[f] = found
             elif not found[0]:
@@ -445,6 +452,7 @@ class Shards:
         self.files, *columns = zip(*whole)
         self.sizes, self.bytes = map(np.array, columns)
         self.ends = np.cumsum(self.sizes)
+        self.left_out = sorted({*map(short, files)} - {*map(short, self.files)})
         self.note = f'{self.files[0]} …: {len(self)} pairs in {len(self.files)} of {len(files)} shards'
         self.note += ''.join(f'\nwarning: {line}' for line in said)
 
@@ -482,7 +490,7 @@ class Shards:
         return f'{self.index_dir}/{hashlib.blake2b(where.encode(), digest_size=4).hexdigest()}-{name}.idx'
 
     def fingerprint(self) -> dict[str, str]:
-        of = {'names of shards': (Path(f).parts[-2:] for f in self.files)}
+        of = {'names of shards': map(short, self.files)}
         return digests_of(of | {'sizes of shards': self.bytes.tolist(), 'samples': self.sizes.tolist()})
 
     def members(self, row: int) -> tuple[str, dict[str, bytes]]:

@@ -480,6 +480,18 @@ def test_a_shard_that_becomes_unreadable_halfway(tmp_path, monkeypatch, capsys):
     assert all(torch.equal(w, always[name]) for name, w in halfway.items())
 
 
+def test_a_shard_that_was_missing_is_left_out_to_the_end(tmp_path, capsys):
+    """Of a run that began without it; else it could not go on once it is back."""
+    pattern, lost = shards(tmp_path / 'd', [8, 8, 8]), tmp_path / 'd' / '01.tar'
+    lost.rename(tmp_path / 'away')
+    settings = dict(data=pattern, batch_size=8, max_bad=0.5, index_dir=tmp_path / 'i', out=tmp_path / 'run')
+    train(**settings, steps=2)
+    (tmp_path / 'away').rename(lost)
+    clip_adv.main(*data.parse(clip_adv.Config, '', ['--resume', '--out', str(tmp_path / 'run')]))
+    said = capsys.readouterr().out
+    assert '16 pairs in 2 of 3 shards' in said and 'continuing after update 2' in said
+
+
 def test_a_row_of_bad_samples_goes_over_the_borders_of_batches(tmp_path):
     run = counting(tmp_path, max_bad=1.0)
     for first in (0, 40):

@@ -386,7 +386,7 @@ def main(cfg: Config, given: set[str]) -> None:
     model, tokenizer = build(cfg, given, pairs, state)
     model.to(device).train()
     compile_towers(model, cfg.compile, device)
-    step_model = DDP(model, broadcast_buffers=False) if world > 1 else model  # mean and std are constants
+    step_model = DDP(model) if world > 1 else model
     matrices = {'params': [p for p in model.parameters() if p.ndim >= 2], 'weight_decay': cfg.wd}
     others = {'params': [p for p in model.parameters() if p.ndim < 2], 'weight_decay': 0.0}
     optimizer = torch.optim.AdamW([matrices, others], betas=(0.9, cfg.beta2), fused=True)

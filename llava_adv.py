@@ -427,7 +427,7 @@ def main(cfg: Config, given: set[str]) -> None:
             model.load_state_dict(state['model'], strict=False)
             if first_step > begin:  # else it stopped between the sub-stages
                 data.load_optimizer(optimizer, state)
-        step_model = DDP(model, broadcast_buffers=False) if world > 1 else model
+        step_model = DDP(model) if world > 1 else model
         if run is None:
             run = data.Run(cfg, first_step, last_step, facts, device)
             export(first_step)

@@ -528,7 +528,7 @@ def test_show(run, circles, tmp_path, capsys):
     assert set(clean) == {'a red circle', 'a blue circle'} and sum(attacked.values()) == pytest.approx(1)
     assert max(attacked, key=attacked.get) != max(clean, key=clean.get)
     assert (tmp_path / 's.png').read_bytes()[:4] == b'\x89PNG'
-    assert 'the prediction changes' in capsys.readouterr().out
+    assert 'the prediction changes' in ' '.join(capsys.readouterr().out.split())  # it is wrapped
     for extra, message in (
         (['--labels', 'a cat'], 'at least 2'),
         (['--label', 'a dog'], 'not one of --labels'),

@@ -545,13 +545,13 @@ class Shards:
         name, found = self.members(row)
         try:
             image, caption = self.image(name, found, side), self.caption(name, found, seed, number)
-            if max(image.size) > 50 * min(image.size):  # with its short side resized it would be huge
-                raise BadSample('the image is a strip', f'{name}: {image.width} × {image.height} pixels')
-            return image, caption
         except BadSample:
             raise
         except Exception as e:  # PIL has many kinds
             raise BadSample('the image cannot be decoded', said_by(e)) from None
+        if max(image.size) > 50 * min(image.size):  # with its short side resized it would be huge
+            raise BadSample('the image is a strip', f'{name}: {image.width} × {image.height} pixels')
+        return image, caption
 
     def texts(self, limit: int) -> list[str]:
         """The captions of so many samples, evenly spaced; of all of them it would take hours."""
@@ -621,7 +621,11 @@ def write_shards(src: str, out: Path, split: str, root: str, download: bool, per
     def content(numbers: range, file: Path) -> None:
         with tarfile.open(file, 'w') as tar:
             for number in numbers:
-                for ending, part in parts(*item(rows[number])).items():
+                try:
+                    found = parts(*item(rows[number]))
+                except BadImage as e:  # else `write` would take it for a disk that is full
+                    fail(str(e))
+                for ending, part in found.items():
                     member = tarfile.TarInfo(f'{number:09}.{ending}')
                     member.size = len(part)
                     tar.addfile(member, io.BytesIO(part))
@@ -1725,8 +1729,6 @@ def write(path: Path, content, kept_as: str = '') -> None:
     except Exception as e:  # torch.save and safetensors raise their own kinds for a full disk
         with contextlib.suppress(OSError):
             beside.unlink(missing_ok=True)
-        if isinstance(e, BadImage):  # of what is written, not of writing it
-            fail(str(e))
         said = f'cannot write {path}: {e}. What was saved before is intact; when there is room and permission'
         fail(f'{said}, give the same command again, to a training with --resume')
 

@@ -1841,7 +1841,8 @@ def main(args: argparse.Namespace) -> int:
         nothing = 'nothing is kept' + ' (it would be with --json FILE)' * (args.run not in (audit, show))
         if args.rank == 0:
             print(f'{signal.Signals(number).name}: stopped; {what or nothing}', flush=True)
-        time.sleep(args.world > 1)  # until torchrun, which does it one by one, has told all ranks
+        if args.world > 1:
+            time.sleep(1)  # until torchrun, which does it one by one, has told all ranks
         data.end_launcher()
         return 128 + number
     finally:

@@ -449,7 +449,7 @@ def test_other_weights_are_measured_anew(trained, tmp_path):
 def test_settings_that_cannot_be_meant(words, message, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for module in (clip_adv, llava_adv):
-        if module is llava_adv and (words[0] in ('--beta2', '--samples', '--stepz')):
+        if module is llava_adv and words[0] in ('--beta2', '--samples', '--stepz'):
             continue
         with pytest.raises(SystemExit) as e:
             module.main(*data.parse(module.Config, '', words))

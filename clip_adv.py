@@ -5,6 +5,7 @@
     torchrun clip_adv.py                                    # ΔCLIP on easy-VQA, 2 CPU cores, 6 minutes
     torchrun clip_adv.py --eps 0 --out runs/clip            # vanilla CLIP: same samples, as many updates
     torchrun --nproc_per_node 8 clip_adv.py --data 'DIR/{0000..1023}.tar' ...  # shards (or a folder), 8 GPUs
+    torchrun clip_adv.py --init runs/clip --objective fare --out runs/fare  # the prior art: fine-tuning
     python clip_adv.py --plan results/delta_clip_h14.sh     # what the paper's largest would cost
     python eval.py zeroshot runs/clip runs/clip_adv         # both under attack
 
@@ -24,7 +25,7 @@ from collections import Counter
 from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Literal, get_args, get_origin, get_type_hints
+from typing import Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 import data  # before torch: it says how threads wait
 
@@ -48,11 +49,17 @@ class Config:
     caption_key: str = 'text'  # where captions are: key of metadata, of shards; or 'txt:0.2,alt:0.8' of these
     index_dir: str = ''  # for the indexes of shards; default: beside these
     max_bad: float = 0.01  # fraction of shards, and of their samples, that may be unreadable or unfit
+    classes: str = ''  # photos of classes: folder with names and templates, of which captions are made
+    crop: float = 0.9  # photos: share of the area that a random crop leaves at least
+    flip: bool = False  # photos: mirror every other one (captions must not say "left")
     holdout: str = ''  # captions left out of training, e.g. 'red circle,blue triangle'
     workers: int = 0  # image-decoding processes per rank; 0: none of its own
     init: str = ''  # start from a CLIP: a run, open_clip's, an id, …; --size and --context may differ
     resume: bool = False  # continue the run in --out; start it where there is none
     seed: int = 0  # of weights, order, augmentation and δ₀
+    # fine-tuning the image tower of --init, the prior art; the text tower is frozen
+    objective: Literal['clip', 'tecoa', 'fare'] = 'clip'  # the loss, of the attack and of the update
+    anchor: float = 0.0  # λ: clip + λ·‖f(x+δ) − f₀(x)‖, of unit vectors; f₀ is the tower of --init
     # attack
     eps: float = 14.0  # radius ε of the l∞ ball, in 1/255; 0 trains a vanilla CLIP
     alpha: float | None = None  # step size α, in 1/255; default 0.75 ε (the paper's 3 for ε = 4)
@@ -60,6 +67,8 @@ class Config:
     eps_from: float = 0.18  # ε (and α) ramp up linearly from this fraction of the run …
     eps_to: float = 0.55  # … to this one; before the ramp training is clean, and cheap
     k_from: float = 0.60  # until this fraction of the run the attack has 1 step of 1.25 ε, then K of α
+    negatives: int = 0  # pairs that the attack's loss compares with each other; 0: the global batch
+    drop: float = 0.0  # fraction of the patch tokens that is left out while attacking
     # model (ignored with --init and --arch, which bring theirs; but for --size and --context)
     size: int = 32  # side of the image in pixels
     patch: int = 4  # side of a patch in pixels
@@ -202,9 +211,17 @@ class ViT(nn.Module):
         x = torch.cat([self.class_embedding.to(x.dtype).expand(len(x), 1, -1), x], dim=1)
         return self.ln_pre(x + self.positional_embedding)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def draw_tokens(self, share: float, g: torch.Generator) -> Tensor:
+        """[n] numbers of tokens: the class token's, and those of this share of the patches"""
+        patches = len(self.positional_embedding) - 1
+        drawn = torch.randperm(patches, generator=g)[: max(1, round(share * patches))]
+        return F.pad(1 + drawn.sort().values, (1, 0))
+
+    def forward(self, x: Tensor, kept: Tensor | None = None) -> Tensor:
+        """kept: [n] tokens that are used, of 1 + patches, the class token first; None: all"""
         first = torch.zeros(len(x), dtype=torch.long, device=x.device)  # the class token
-        x = self.transformer(self.embed(x), at=first if self.pool == 'tok' else None)
+        x = self.embed(x) if kept is None else self.embed(x)[:, kept]
+        x = self.transformer(x, at=first if self.pool == 'tok' else None)
         if not self.ln_after_pool:
             x = self.ln_post(x)
         x = x[:, 0] if self.pool == 'tok' else x[:, 1:].mean(dim=1)
@@ -254,9 +271,11 @@ class CLIP(TextTower):
         self.visual = ViT(cfg, preprocess)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
 
-    def forward(self, images: Tensor, micro_batch: int = 0) -> Tensor:
-        """float32 [B, 3, S, S] in [0, 1] → float32 unit vectors [B, embed_dim]"""
-        return F.normalize(in_parts(self.visual, images, micro_batch).float(), dim=-1)
+    def forward(self, images: Tensor, micro_batch: int = 0, unit: bool = True, kept=None) -> Tensor:
+        """float32 [B, 3, S, S] in [0, 1] → float32 [B, embed_dim], unit vectors or not.   kept: see ViT"""
+        tower = self.visual if kept is None else partial(self.visual, kept=kept)
+        image = in_parts(tower, images, micro_batch).float()
+        return F.normalize(image, dim=-1) if unit else image
 
     def encode_text(self, tokens: Tensor, micro_batch: int = 0) -> Tensor:
         """int64 [B, L] → float32 unit vectors [B, embed_dim]"""
@@ -307,6 +326,54 @@ def rows_of_logits(image: Tensor, text: Tensor, log_scale: Tensor, first: int) -
     return (logits.logsumexp(1) - 2 * logits.diagonal(first)).sum(), logits.logsumexp(0)
 
 
+def info_nce_in_groups(image: Tensor, text: Tensor, log_scale: Tensor, n: int) -> Tensor:
+    """Σ of InfoNCE over groups of n pairs, as if each were all there is.   image, text: as above"""
+    own = text[data.rank_and_world()[0] * len(image) :][: len(image)]
+    logits = [log_scale.exp() * i @ t.T for i, t in zip(image.split(n), own.split(n))]
+    return sum((z.logsumexp(0) + z.logsumexp(1) - 2 * z.diagonal()).mean() / 2 for z in logits)
+
+
+def tecoa(image: Tensor, classes: Tensor, labels: Tensor, n: int) -> Tensor:
+    """Cross-entropy over 100·cos, mean of the global batch of n images.   Mao et al., arXiv 2212.07016
+    image: unit vectors [b, D], this rank's; classes: unit vectors [C, D]; labels: int64 [b]"""
+    return sum_of_ranks(F.cross_entropy(100 * image @ classes.T, labels, reduction='sum')) / n
+
+
+def fare(image: Tensor, original: Tensor, n: int) -> Tensor:
+    """‖f(x+δ) − f₀(x)‖², mean of the global batch of n images.   Schlarmann et al., arXiv 2402.12336
+    image, original: [b, D], this rank's, not normalised"""
+    return sum_of_ranks((image - original).square().sum()) / n
+
+
+def distance(image: Tensor, original: Tensor, n: int) -> Tensor:
+    """‖f(x+δ) − f₀(x)‖ of unit vectors, mean of the global batch of n images.   Xing et al., arXiv 2604.11576
+    (whose own is to f₀(x+δ) and to f(x); to f₀(x) it needs one more forward pass and no gradient)"""
+    return sum_of_ranks((image - F.normalize(original, dim=-1)).norm(dim=-1).sum()) / n
+
+
+class Given(NamedTuple):
+    """What a loss compares this rank's images with."""
+
+    text: Tensor  # [B, D], unit vectors of the captions, of the whole batch
+    log_scale: Tensor
+    clean: Tensor | None = None  # f₀(x): [b, D], not normalised
+    classes: Tensor | None = None  # [C, D], unit vectors
+    labels: Tensor | None = None  # int64 [b]
+
+
+def objective(cfg: Config, image: Tensor, given: Given, groups: int = 0) -> Tensor:
+    """The loss of --objective, of attack and update.   image: [b, D], not normalised.  groups: --negatives"""
+    if cfg.objective == 'fare':
+        return fare(image, given.clean, cfg.batch_size)
+    image = F.normalize(image, dim=-1)
+    if cfg.objective == 'tecoa':
+        return tecoa(image, given.classes, given.labels, cfg.batch_size)
+    if groups:
+        return info_nce_in_groups(image, given.text, given.log_scale, groups)
+    loss = info_nce(image, given.text, given.log_scale, cfg.micro_batch)
+    return loss + cfg.anchor * distance(image, given.clean, cfg.batch_size) if cfg.anchor else loss
+
+
 def sum_of_ranks(x: Tensor) -> Tensor:
     """The same on all ranks; with the gradient of the rank's own part, the others' are constants."""
     total = x.detach().clone(memory_format=torch.contiguous_format)
@@ -354,6 +421,11 @@ def lr_at(peak: float, step: int, steps: int, warmup: float) -> float:
     return peak * 0.5 * (1 + math.cos(math.pi * (step - ramp) / max(1, steps - ramp)))
 
 
+def is_fine_tuning(cfg: Config) -> bool:
+    """Whether the image tower alone is trained."""
+    return cfg.objective != 'clip' or cfg.anchor > 0
+
+
 @contextlib.contextmanager
 def frozen(module: nn.Module):
     """Eval mode, no gradient for parameters: what an attack needs. (A compiled module would otherwise compute
@@ -381,20 +453,33 @@ def main(cfg: Config, given: set[str]) -> None:
     # --------------------------------------------------------------------------------- data, model, optimizer
     which = cfg.holdout, cfg.caption_key, cfg.index_dir, cfg.max_bad
     pairs = data.load_pairs(cfg.data, 'train', *which, state['data'].get('left out', ()) if state else ())
-    known_by = {'--data': pairs.fingerprint()}
-    data.check_resumed(state, known_by)
-    model, tokenizer = build(cfg, given, pairs, state)
+    prompts, known_by = None, {'--data': pairs.fingerprint()}
+    if cfg.classes:
+        prompts = data.load_prompts(cfg.classes)
+        known_by['--classes'] = data.digests_of({'names and templates': prompts.texts()})
+    model, tokenizer = build(cfg, given, prompts or pairs, state)
     model.to(device).train()
+    original = None  # f₀, for what is held to it
+    if held := cfg.objective == 'fare' or cfg.anchor > 0:
+        original = load_clip(cfg.init, model.visual.size, flag='--init', tokenizer=False)[0].visual.to(device)
+        original.requires_grad_(False)
+        sums = (p.view(torch.int32).sum(dtype=torch.long).item() for p in original.state_dict().values())
+        known_by['--init'] = data.digests_of({'weights': sums})
+    data.check_resumed(state, known_by)
+    if is_fine_tuning(cfg):
+        model.requires_grad_(False).visual.requires_grad_(True)
     compile_towers(model, cfg.compile, device)
     step_model = DDP(model) if world > 1 else model
-    matrices = {'params': [p for p in model.parameters() if p.ndim >= 2], 'weight_decay': cfg.wd}
-    others = {'params': [p for p in model.parameters() if p.ndim < 2], 'weight_decay': 0.0}
+    trained = [p for p in model.parameters() if p.requires_grad]
+    matrices = {'params': [p for p in trained if p.ndim >= 2], 'weight_decay': cfg.wd}
+    others = {'params': [p for p in trained if p.ndim < 2], 'weight_decay': 0.0}
     optimizer = torch.optim.AdamW([matrices, others], betas=(0.9, cfg.beta2), fused=True)
     if state:
         data.load_optimizer(optimizer, state)
     del state  # its file is mapped
 
-    facts = arithmetic(cfg, pairs, model, tokenizer, world) if rank == 0 else ''  # it reads captions
+    texts = (prompts or pairs).texts(1000) if rank == 0 else []
+    facts = arithmetic(cfg, pairs, texts, model, tokenizer, world) if rank == 0 else ''
     run = data.Run(cfg, first_step, cfg.steps, facts, device, len(pairs))
     wrong = not_in_hf(model.cfg, model.preprocess, tokenizer)
 
@@ -407,10 +492,14 @@ def main(cfg: Config, given: set[str]) -> None:
 
     export(first_step)
     fit = data.Fit(model.visual.size, model.preprocess.interpolation, model.preprocess.resize_mode)
-    samples = data.PairDataset(pairs, tokenizer, fit, cfg.seed)
+    samples = data.PairDataset(pairs, tokenizer, fit, cfg.seed, cfg.crop, cfg.flip, prompts)
     order = data.order(pairs.sizes, cfg.batch_size, range(first_step, cfg.steps), cfg.seed, rank, world)
     bar = run.bar(data.loader(samples, order, cfg.workers), 'clip_adv', first_step, cfg.steps)
     amp = torch.autocast(device.type, torch.bfloat16, enabled=device.type == 'cuda')
+    if cfg.objective == 'tecoa':
+        prompts = prompts or data.Prompts(sorted(set(pairs.texts())), ['{c}'])
+        with amp:
+            prompt_tokens, classes = embed_classes(model, tokenizer, prompts, device)
 
     # -------------------------------------------------------------------------------------- the training loop
     for step, (images, tokens, _) in enumerate(run.read(bar), first_step):
@@ -423,13 +512,26 @@ def main(cfg: Config, given: set[str]) -> None:
         # 1. Encode the text once, for the attack and the update alike: the perturbation does not touch it.
         with amp:
             text = gather(model.encode_text(tokens, cfg.micro_batch))  # [B, D], the whole batch
-        fixed_text, fixed_scale = text.detach(), model.logit_scale.detach()
+            given = Given(text, model.logit_scale)
+            if held:
+                given = given._replace(clean=original(x).float())
+        if cfg.objective == 'tecoa':
+            matches = (tokens[:, None] == prompt_tokens).all(-1)  # [b, classes · templates]
+            given = given._replace(classes=classes, labels=matches.int().argmax(1) // len(prompts.templates))
+        fixed = given._replace(text=text.detach(), log_scale=model.logit_scale.detach())
 
-        def loss_of(images: Tensor, text=fixed_text, scale=fixed_scale) -> Tensor:
+        def loss_of(images: Tensor, tower=model, given=fixed, kept=None, groups=0) -> Tensor:
             """The loss of the global batch as a function of this rank's images, all else fixed."""
             with amp:
-                features = model(images, cfg.micro_batch)
-            return info_nce(features, text, scale, cfg.micro_batch)
+                image = tower(images, cfg.micro_batch, unit=False, kept=kept)
+            return objective(cfg, image, given, groups)
+
+        which_tokens = data.generator(cfg.seed, 'tokens', step)
+
+        def loss_to_climb(images: Tensor, g=which_tokens, loss_of=loss_of) -> Tensor:
+            """loss_of; or what is cheaper: in groups, of a part of the tokens, drawn anew at each step"""
+            kept = model.visual.draw_tokens(1 - cfg.drop, g).to(device) if cfg.drop else None
+            return loss_of(images, kept=kept, groups=cfg.negatives)
 
         # 2. Attack the images: the maximisation over δ. Each rank perturbs its own, against all negatives.
         x_adv = x
@@ -437,7 +539,7 @@ def main(cfg: Config, given: set[str]) -> None:
             if k > 0:
                 first = step * cfg.batch_size + rank * len(x)  # number of this rank's first sample
                 noise = [data.generator(cfg.seed, 'start', first + i) for i in range(len(x))]
-                x_adv = attacks.pgd(loss_of, x, eps, alpha, k, attacks.random_start(x, eps, noise))
+                x_adv = attacks.pgd(loss_to_climb, x, eps, alpha, k, attacks.random_start(x, eps, noise))
                 attacks.check(x, x_adv, eps)
             attack_ms = run.lap_ms(logging)
             with torch.no_grad():
@@ -445,9 +547,7 @@ def main(cfg: Config, given: set[str]) -> None:
             run.lap_ms(logging)  # measuring the clean loss is not training
 
         # 3. Update the weights on the adversarial images only: the minimisation over θ.
-        with amp:
-            features = step_model(x_adv, cfg.micro_batch)
-        loss = info_nce(features, text, model.logit_scale, cfg.micro_batch)
+        loss = loss_of(x_adv, step_model, given)
         (loss * world).backward()  # as DDP averages over the ranks
         grad_norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
         run.stop_if_not_finite(step, loss.item(), grad_norm.item())
@@ -603,7 +703,7 @@ def seeded(seed: int):
         yield
 
 
-def build(cfg: Config, given: set[str], pairs: data.Pairs, state: dict | None) -> tuple[CLIP, data.Tokenizer]:
+def build(cfg: Config, given: set[str], pairs, state: dict | None) -> tuple[CLIP, data.Tokenizer]:
     """The model and its tokenizer: of the checkpoint being resumed, of --init, of --arch, or of the flags."""
     if state is not None:
         clip_cfg, preprocess = from_open_clip(state, f'{cfg.out}/train_state.pt')
@@ -658,6 +758,14 @@ def settings_of_model(cfg: Config, given: set[str], known=None) -> tuple[ClipCfg
     return from_open_clip({'model_cfg': model_cfg, 'preprocess_cfg': preprocess}, cfg.init or 'the model')
 
 
+def embed_classes(model: CLIP, tokenizer: data.Tokenizer, prompts: data.Prompts, device):
+    """(token ids of all prompts [C · T, L], unit vectors [C, D]: of a class the mean of its T templates)"""
+    tokens = tokenizer(prompts.texts()).to(device)
+    with torch.no_grad():
+        of_class = model.encode_text(tokens).unflatten(0, (len(prompts.names), -1))
+    return tokens, F.normalize(of_class.mean(1), dim=-1)
+
+
 def with_tokenizer(text_cfg: TextCfg, tokenizer: data.Tokenizer) -> TextCfg:
     """text_cfg of a directory that it lies in: any non-empty name makes open_clip read it from there."""
     mode = 'clips' if tokenizer.mode == 'clips' else None
@@ -687,6 +795,20 @@ def check_config(cfg: Config, given: set[str], world: int) -> None:
         data.fail(f'--eps_from {cfg.eps_from:g} --eps_to {cfg.eps_to:g}: the ramp ends before it begins')
     if cfg.batch_size < 2 or cfg.batch_size % world:
         data.fail(f'--batch_size {cfg.batch_size}: must be at least 2 and divisible by the {world} processes')
+    if is_fine_tuning(cfg) and not cfg.init:
+        data.fail(f'--objective {cfg.objective} --anchor {cfg.anchor:g}: fine-tunes a CLIP: give its --init')
+    if cfg.objective == 'tecoa' and cfg.data.endswith('.tar') and not cfg.classes:
+        data.fail('--objective tecoa: needs the class names: give --classes')
+    if cfg.objective != 'clip' and (cfg.anchor or cfg.negatives):
+        data.fail(f'--anchor and --negatives are for --objective clip, which {cfg.objective} is not')
+    if min(cfg.anchor, cfg.negatives) < 0 or cfg.negatives == 1:
+        data.fail(f'--anchor {cfg.anchor:g} --negatives {cfg.negatives}: not negative, and not 1')
+    if cfg.negatives and (share := cfg.batch_size // world) % cfg.negatives:
+        data.fail(f'--negatives {cfg.negatives}: must divide the {share} images of a process')
+    if not (0 <= cfg.drop < 1 and 0 < cfg.crop <= 1):
+        data.fail(f'--drop {cfg.drop:g} --crop {cfg.crop:g}: must be in 0 … 1, below 1 and above 0')
+    if cfg.data == 'easyvqa' and given & {'classes', 'crop', 'flip'}:
+        data.fail('--classes, --crop and --flip are for photos; the captions of easyvqa are its classes')
     if cfg.vocab_size < 260:
         data.fail(f'--vocab_size {cfg.vocab_size}: must be at least 260 (256 bytes, 3 special tokens, …)')
 
@@ -949,9 +1071,9 @@ def weights_from_hf(weights: dict[str, Tensor], ours: dict[str, Tensor], where: 
 
 
 # -------------------------------------------------------------------------------------- what is said of a run
-def arithmetic(cfg: Config, pairs: data.Pairs, model: CLIP, tokenizer: data.Tokenizer, world: int) -> str:
+def arithmetic(cfg: Config, pairs, texts: list, model: CLIP, tokenizer: data.Tokenizer, world: int) -> str:
     """What is trained on what, and what an update costs, for the first output."""
-    n, texts = sum(p.numel() for p in model.parameters()) / 1e6, pairs.texts(1000)
+    n = sum(p.numel() for p in model.parameters()) / 1e6
     cut, of = tokenizer.too_long(texts), f'of {len(texts)} captions are cut at {tokenizer.context} tokens'
     warning = f'\nwarning: {cut} {of}; see --context' if cut else ''
     size = f'CLIP with {n:.2f} M parameters at {model.visual.size} px, {tokenizer.vocab_size} token ids'
@@ -1043,31 +1165,46 @@ class Meter(TorchDispatchMode):
 def plan(cfg: Config, given: set[str], world: int, known: dict) -> list[tuple]:
     """Goes through a step with tensors of no content.   known: models by their --out; adds this one"""
     check_config(cfg, given, world)
-    clip_cfg, preprocess = known[str(Path(cfg.out))] = settings_of_model(cfg, given, known)
-    n, px, length = cfg.batch_size // world, clip_cfg.vision_cfg.image_size, clip_cfg.text_cfg.context_length
-    amp, micro = torch.autocast('cpu', torch.bfloat16), cfg.micro_batch
+    known[str(Path(cfg.out))] = settings = settings_of_model(cfg, given, known)
+    meter, model = metered(cfg, *settings, world)
+    px, length, n = model.visual.size, len(model.positional_embedding), cfg.batch_size // world
+    image, both = (sum(p.numel() for p in m.parameters()) for m in (model.visual, model))
+    cells = cfg.out, f'{image / 1e6:.1f} + {(both - image) / 1e6:.1f}', f'{px}'
+    cells += f'{len(model.visual.positional_embedding)} + {length}', f'{cfg.eps:g} {cfg.alpha:g} {cfg.k}'
+    said = f'{cfg.micro_batch or n} samples at a time on each of {world} GPUs, texts of {length} tokens'
+    kept = 4 * both * (2 + (world > 1))  # AdamW's moments, DDP's buckets
+    return [costs(cells, cfg.batch_size, updates_by_k(cfg), meter, n, kept, said)]
 
-    def loss_of(images: Tensor, text: Tensor, scale: Tensor) -> Tensor:
+
+def updates_by_k(cfg: Config) -> Counter:
+    return Counter(attack_at(cfg, step)[2] for step in range(cfg.steps))
+
+
+def metered(cfg: Config, clip_cfg: ClipCfg, preprocess: Preprocess, world: int = 1) -> tuple[Meter, CLIP]:
+    """A rank's share of an update, by phase: attack (one step of it), update. And a CLIP of no content."""
+    n, micro, amp = cfg.batch_size // world, cfg.micro_batch, torch.autocast('cpu', torch.bfloat16)
+    px, length, tuned = clip_cfg.vision_cfg.image_size, clip_cfg.text_cfg.context_length, is_fine_tuning(cfg)
+
+    def loss_of(images: Tensor, text: Tensor, scale: Tensor, kept=None) -> Tensor:
         with amp:
-            features = model(images, micro)
+            features = model(images, micro, kept=kept)
         return info_nce(features, torch.cat([text, others]), scale, micro)
 
     with FakeTensorMode(), Meter(_local_scalar_dense=length - 1) as meter:  # a text ends with the last token
         model, x = CLIP(clip_cfg, preprocess), torch.empty(n, 3, px, px)
+        model.requires_grad_(not tuned).visual.requires_grad_(True)
         with amp:
             text = model.encode_text(torch.empty(n, length, dtype=torch.long), micro)
+            with torch.no_grad():
+                model.visual(x) if cfg.objective == 'fare' or cfg.anchor else None  # f₀
         others, meter.phase = torch.empty(cfg.batch_size - n, clip_cfg.embed_dim), 'attack'  # of other GPUs
+        kept = torch.arange(round((1 - cfg.drop) * (len(model.visual.positional_embedding) - 1)) + 1)
         with frozen(model.visual):
-            attacks.pgd(lambda x: loss_of(x, text.detach(), model.logit_scale.detach()), x, 1.0, 1.0, 1)
+            constants = text.detach(), model.logit_scale.detach(), kept if cfg.drop else None
+            attacks.pgd(lambda x: loss_of(x, *constants), x, 1.0, 1.0, 1)
         meter.phase = 'update'
         loss_of(x, text, model.logit_scale).backward()
-    image, both = (sum(p.numel() for p in m.parameters()) for m in (model.visual, model))
-    cells = cfg.out, f'{image / 1e6:.1f} + {(both - image) / 1e6:.1f}', f'{px}'
-    cells += f'{len(model.visual.positional_embedding)} + {length}', f'{cfg.eps:g} {cfg.alpha:g} {cfg.k}'
-    ks = Counter(attack_at(cfg, step)[2] for step in range(cfg.steps))
-    said = f'{micro or n} samples at a time on each of {world} GPUs, texts of {length} tokens'
-    kept = 4 * both * (2 + (world > 1))  # AdamW's moments, DDP's buckets
-    return [costs(cells, cfg.batch_size, ks, meter, n, kept, said)]
+    return meter, model
 
 
 def costs(cells: tuple, batch_size: int, ks: Counter, meter: Meter, n: int, kept: int, said: str) -> tuple:

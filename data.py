@@ -239,6 +239,39 @@ def easyvqa_facts(asked: list[tuple[str, str, int]]) -> dict[int, tuple[str, str
     return {i: (*c, *s) for i, (c, s) in sorted(possible.items()) if len(c) == len(s) == 1}
 
 
+class Prompts(typing.NamedTuple):
+    """Class names and templates: captions of photos of classes are one in the other."""
+
+    names: list[str]
+    templates: list[str]  # with {c} where the name goes
+
+    def texts(self, limit: int = 0) -> list[str]:
+        """[classes · templates], all templates of a class in a row"""
+        return [template.replace('{c}', name) for name in self.names for template in self.templates]
+
+    def label(self, text: str) -> int:
+        """Of the class that a text names, the longest name of several. BadSample: none"""
+        words = f' {" ".join(re.findall("[^ .,;:!?]+", text.lower()))} '
+        named = [i for i, name in enumerate(self.names) if f' {name.lower()} ' in words]
+        if not named:
+            raise BadSample('the caption names none of the classes', f'{text!r:.80}')
+        return max(named, key=lambda i: len(self.names[i]))
+
+    def caption(self, text: str, seed: int, number: int) -> str:
+        """The class that it names in the template that is drawn for this number."""
+        drawn = int(torch.rand(1, generator=generator(seed, 'template', number)).item() * len(self.templates))
+        return self.templates[drawn].replace('{c}', self.names[self.label(text)])
+
+
+def load_prompts(place: str) -> Prompts:
+    """Of a folder with CLIP_benchmark's classnames.txt and zeroshot_classification_templates.txt"""
+    files = (Path(place, name) for name in ('classnames.txt', 'zeroshot_classification_templates.txt'))
+    names, templates = ([t.strip() for t in read_text(f, '--classes').rstrip().split('\n')] for f in files)
+    if wrong := [template for template in templates if '{c}' not in template]:
+        fail(f'--classes {place}: the template {wrong[0]!r} has no {{c}}, where the class name goes')
+    return Prompts(names, templates)
+
+
 TABLES = ('metadata.jsonl', 'metadata.csv')
 
 
@@ -871,12 +904,13 @@ def shift_and_flip(image: Tensor, g: torch.Generator) -> Tensor:
     return padded[:, dy : dy + image.shape[1], dx : dx + image.shape[2]]
 
 
-def random_crop(image: Image.Image, g: torch.Generator) -> Image.Image:
-    """For photos, as in CLIP: 90–100 % of the area at a random place. No flip: captions say "left"."""
-    area, y, x = torch.rand(3, generator=g).tolist()
-    side = (0.9 + 0.1 * area) ** 0.5
+def random_crop(image: Image.Image, g: torch.Generator, least=0.9, flip=False) -> Image.Image:
+    """For photos: a part of at least this share of the area, at a random place; mirrored half of the time"""
+    area, y, x, mirror = torch.rand(4, generator=g).tolist()
+    side = (least + (1 - least) * area) ** 0.5
     w, h = round(image.width * side), round(image.height * side)
-    return TF.crop(image, int(y * (image.height - h + 1)), int(x * (image.width - w + 1)), h, w)
+    image = TF.crop(image, int(y * (image.height - h + 1)), int(x * (image.width - w + 1)), h, w)
+    return TF.hflip(image) if flip and mirror < 0.5 else image
 
 
 # ---------------------------------------------------------------------------------------- the training stream
@@ -898,9 +932,10 @@ class PairDataset(torch.utils.data.Dataset):
     In the place of a bad sample, as shards have them, is another one, drawn by (seed, number, attempt); after
     IN_A_ROW of them a blank one: `Run` stops, on all ranks."""
 
-    def __init__(self, pairs: Pairs | Shards, tokenizer: 'Tokenizer', fit: Fit, seed: int):
+    def __init__(self, pairs, tokenizer: 'Tokenizer', fit: Fit, seed, crop=0.9, flip=False, prompts=None):
         self.pairs, self.tokenizer, self.fit, self.seed = pairs, tokenizer, fit, seed
-        self.side = math.ceil(2 * fit.size / 0.9**0.5)  # of what random_crop leaves, twice the size at least
+        self.crop, self.flip, self.prompts = crop, flip, prompts
+        self.side = math.ceil(2 * fit.size / crop**0.5)  # of what random_crop leaves, twice the size at least
         self.shapes = pairs.augment == 'shapes'  # few and small: decoded, resized and encoded once
         self.images = [fit(read_image(f)) for f in pairs.files] if self.shapes else []
         self.tokens = tokenizer(pairs.captions) if self.shapes else None
@@ -914,7 +949,9 @@ class PairDataset(torch.utils.data.Dataset):
         for attempt in range(IN_A_ROW):
             try:
                 image, caption = self.pairs.read(row, self.side, self.seed, number)
-                return self.fit(random_crop(image, g)), self.tokenizer([caption])[0], bad
+                caption = self.prompts.caption(caption, self.seed, number) if self.prompts else caption
+                image = random_crop(image, g, self.crop, self.flip)
+                return self.fit(image), self.tokenizer([caption])[0], bad
             except BadSample as e:
                 bad.append((number, *e.args))
                 other = generator(self.seed, f'in place {attempt}', number)
@@ -1848,6 +1885,8 @@ def write_settings(cfg, updates: int = 0) -> dict:
         lock(out)
     exported = [file for file in (out / OPEN_CLIP_FILES[0], out / HF_FILES[0]) if updates and file.is_file()]
     about['sha256'] = {file.name: sha256(file) for file in exported}
+    code = (Path(__file__).with_name(f'{name}.py') for name in ('attacks', 'clip_adv', 'data', 'llava_adv'))
+    about['code'] = {file.name: sha256(file) for file in code}
     write(out / 'train_config.json', json.dumps(about, indent=2))
     return about
 

@@ -98,7 +98,7 @@ class Kept:
         self.file, self.calls, self.rank = None, 0, args.rank
         runs = [Path(p) / 'eval' / args.command for p in args.dirs if data.settings_of(Path(p))]
         beside = [Path(args.json)] if args.json else runs
-        if not beside or args.run in (audit, show) or args.run is caption and args.grid:
+        if not beside or args.run in (audit, transfer, show) or args.run is caption and args.grid:
             return
         ends = ('.safetensors', '.bin', '.json', '.jinja', '.model', '.txt')
         used = [file for p in args.dirs for file in Path(p).glob('*.*') if file.suffix in ends]
@@ -171,6 +171,42 @@ def say_what_was_trained_on(args, runs: list[Path]) -> None:
             whole = name.suffix == '.tar' or name.is_dir() and data.split_folder(name, args.split) == name
             if args.split == 'train' or whole:
                 print(f'note: {run} was trained on these images', file=sys.stderr)
+
+
+def training_of(run: Path) -> dict:
+    """How a run of stage 1 came about: command, seed, commit, code and cost, with that of what it began with.
+
+    passes: images · passes through the image tower (forward, gradient of the activations, of the weights: one
+    each; an attack's step takes two). flops: of matrix products, both towers. minutes: by the log."""
+    about = data.settings_of(run)
+    if 'objective' not in about.get('config', {}):  # of stage 2, or from before there was a choice
+        return {}
+    cfg, default = clip_adv.Config(**about['config']), clip_adv.Config()
+    meter, _ = clip_adv.metered(cfg, *clip_adv.settings_in(run)[1:])
+    ks, held = clip_adv.updates_by_k(cfg), cfg.objective == 'fare' or cfg.anchor > 0
+    lines = [json.loads(line) for line in data.read_text(run / 'log.jsonl', 'the log').splitlines()]
+    began = training_of(Path(cfg.init)) if cfg.init and Path(cfg.init).is_dir() else {}
+    flags = [(key, value) for key, value in about['config'].items() if value != getattr(default, key)]
+    said = ' '.join(
+        f'--{key} {shlex.quote(str(value))}' for key, value in flags if key not in ('resume', 'alpha')
+    )
+    steps = [line['step'] for line in lines]
+    minutes = (
+        sum(cfg.batch_size * (b - a) / line['images_per_s'] for a, b, line in zip([0, *steps], steps, lines))
+        / 60
+    )
+    return {
+        'command': f'python clip_adv.py {said}',
+        'seed': cfg.seed,
+        'commit': about['commit'],
+        'code': digest([about['code'][f'{name}.py'] for name in ('attacks', 'clip_adv', 'data')]),
+        'updates': cfg.steps + began.get('updates', 0),
+        'passes': sum(n * cfg.batch_size * (2 * k + 3 + held) for k, n in ks.items())
+        + began.get('passes', 0),
+        'flops': sum(n * (k * meter.flops['attack'] + meter.flops['update']) for k, n in ks.items())
+        + began.get('flops', 0),
+        'minutes': minutes + began.get('minutes', 0),
+    }
 
 
 class Report(NamedTuple):
@@ -856,10 +892,13 @@ def audit(args) -> Report:
         loaded = ZeroShot(args, model, images).load(numbers[args.rank :: args.world])
         if len(loaded) > 1:
             data.fail('--native: audit needs images of one size')
+        if args.defence:
+            model, source = DEFENCES[args.defence](model), [model]
         checks = Audit(args, model, loaded[0], eps / 255, *source).checks()
         for name, holds, figure in tqdm(checks, path, total=12, disable=args.quiet or args.rank > 0):
             verdict, value = ('SKIP', None) if holds is None else (('FAIL', 'PASS')[holds], float(holds))
-            common = about(args, path, eps, split=images.split, check=name, verdict=verdict, figure=figure)
+            what = {'check': name, 'verdict': verdict, 'figure': figure, 'defence': args.defence or None}
+            common = about(args, path, eps, split=images.split, **what)
             rows.append(row(common, 'audit', value, len(numbers)))
     counts = ', '.join(f'{n} checks {verdict}' for verdict, n in Counter(r['verdict'] for r in rows).items())
     title = f'audit, n = {len(numbers)} of {images.note}, ε = {eps:g}/255; figures in % are '
@@ -918,7 +957,7 @@ class Audit:
 
         how = {'noise': lambda restart, row: self.noise(f'ensemble {restart}', row), **self.how}
         found = attacks.ensemble(self.classifier, x, y, eps, iterations=self.iterations, **how)
-        white = self.share(~found.done)
+        white, ensemble = self.share(~found.done), how
         noisy = self.share(correct & self.correct(self.starts(eps, 'noise'), y))
         yield 'random noise hurts less', white <= noisy + slack, f'ensemble {p(white)}, noise {p(noisy)} %'
         rows, how = correct.nonzero()[:, 0], {'queries': self.args.queries, **self.how}
@@ -933,6 +972,13 @@ class Audit:
             transfer = self.share(correct & self.correct(found.images, y))
             holds, figure = white <= transfer + slack, f'ensemble {p(white)}, transfer {p(transfer)} %'
         yield 'transfer not stronger than white box', holds, figure
+
+        if self.args.defence:  # around the source
+            bare = attacks.ensemble(self.source, x, y, eps, iterations=self.iterations, **ensemble)
+            none, static = self.share(~bare.done), self.share(self.correct(bare.images, y))
+            figure = f'ensemble on the bare model: {p(none)} % without it, {p(static)} % with it afterwards; '
+            figure += f'through it: {p(white)} %'
+            yield f'{self.args.defence} holds when it is attacked itself', static <= white + slack, figure
 
         at_radius = [self.under_apgd(min(f * eps, 1.0), f'radius {f}') for f in (0.5, 1, 2, 4)]
         falls = all(b <= a + slack for a, b in zip([clean, *at_radius], at_radius))
@@ -987,6 +1033,59 @@ class Audit:
                 attacks.check(x, found, eps)
                 standing[rows] = self.correct(found, self.y[rows])
         return self.share(standing)
+
+
+def counterattack(classifier: Classifier, eps: float = 4 / 255, steps: int = 4):
+    """A defence at test time, for `audit`: every image is first moved to where its embedding is far from
+    what it was, as that of an attacked image would be unstable.   Xing et al. 2025, arXiv 2503.03613
+
+    Its gradient is that of the identity (straight through), by which an attacker sees what lies behind it."""
+
+    def defended(x: Tensor, rows: Tensor | None = None) -> Tensor:
+        noise = torch.rand(x.shape[1:], generator=data.generator(0, 'counterattack', 0)).to(x.device)
+        start = (x.detach() + (2 * noise - 1) * eps).clamp(0, 1)  # the same for each image, and each time
+        with torch.enable_grad():
+            here = classifier.embed(x).detach()
+            far = lambda z: (classifier.embed(z) - here).square().sum()  # noqa: E731
+            away = attacks.pgd(far, x.detach(), eps, eps, steps, start)
+        return classifier(x + (away - x).detach())
+
+    return defended
+
+
+DEFENCES = {'counterattack': counterattack}
+
+
+# --------------------------------------------------------------------------------------------------- transfer
+def transfer(args) -> Report:
+    """Does what fools one model fool another? Every model on the images that each was attacked with.
+
+    DIR: a CLIP each. The attack is APGD to the highest margin (of 1 restart, 100 iterations), which does not
+    stop at the first success, since what has just crossed a border seldom transfers."""
+    images, eps, rows = load_set(args.data[0], args), args.eps[0], []
+    numbers = sample(images.n, args.data[0], args)
+    opened = [
+        Classifier(path, args.device).embed_classes(images.classes, images.templates) for path in args.dirs
+    ]
+    loaded = [ZeroShot(args, model, images).load(numbers[args.rank :: args.world])[0] for model in opened]
+    if len({each.x.shape for each in loaded}) > 1:
+        data.fail('transfer: the models see images of different sizes')
+    x, y = loaded[0].x, loaded[0].y
+    noise = [data.generator(args.seed, 'transfer', number) for number in loaded[0].numbers]
+    start = attacks.random_start(x, eps / 255, noise)
+    for of, source in zip(['none', *args.dirs], [None, *opened]):
+        found = x
+        if source:
+            loss = never_done(source, attacks.margin, y)
+            found = attacks.apgd(loss, x, eps / 255, start, batch_size=args.batch_size).images
+        for path, model in zip(args.dirs, opened):
+            ahead = ranks(lambda z, _, model=model: model(z), found, y, args.batch_size)
+            right = [k == 0 for part in data.gather_objects(ahead) for k in part]
+            common = about(args, path, eps if source else 0.0, split=images.split)
+            common |= {'attack': 'apgd' if source else 'none', 'source': of}
+            rows.append(row(common, 'accuracy', right))
+    title = f'accuracy in % of each model (columns) at ε = {eps:g}/255 where the others are attacked; '
+    return Report(rows, [], title + images.note, ['source', 'n'], 'model')
 
 
 # ============================================================================ metrics of answers and captions
@@ -1338,18 +1437,23 @@ def tars_in(where: Path | str, caption_key: str = 'text', index_dir: str = '') -
 
 
 def shards(where: Path | str, templates: Path, note: str, split: str, index_dir: str) -> ClassSet:
-    """CLIP_benchmark's layout: classnames.txt, templates, SPLIT/*.tar with images and .cls"""
+    """CLIP_benchmark's layout: classnames.txt, templates, SPLIT/*.tar with images and .cls; or, in place of
+    that, as for training, .txt, which names its class"""
     tars = tars_in(where, index_dir=index_dir)
 
     def item(number: int) -> tuple[Image.Image, int]:
         name, found = tars.members(number)
+        if 'txt' in found and 'cls' not in found:
+            label = data.Prompts(images.classes, []).label(tars.caption(name, found, 0, number))
+            return tars.image(name, found), label
         if not (label := found.get('cls', b'').strip()).removeprefix(b'-').isdigit():
             had = f'{label[:20]!r} is no class number' if 'cls' in found else 'but no cls'
             data.fail(f'{name}: has {", ".join(found)}, {had}')
         return tars.image(name, found), int(label)
 
     used = read_lines(templates, 'templates') if templates.is_file() else TEMPLATES['imagenet']
-    return ClassSet(len(tars), item, [], used, note, split)
+    images = ClassSet(len(tars), item, [], used, note, split)
+    return images
 
 
 def image_folder(path: Path, split: str) -> ClassSet:
@@ -1553,12 +1657,12 @@ def attack_text(args) -> str:
     return name if args.attack == 'none' else f'{name}; l∞, ε in 1/255, {where}'
 
 
-def table(rows: list[dict], down: list[str], across: str) -> None:
+def table(rows: list[dict], down: list[str], across: str, cell=lambda r: percent(r['value'])) -> str:
     """Markdown, values in %: a line for the rows that agree in the keys `down`, a column for each value of
-    the key `across`. Columns of numbers are set to the right."""
+    the key `across`. Columns of numbers are set to the right.   cell: row → what is shown of it"""
     lines: dict[tuple, dict] = {}
     for r in rows:
-        lines.setdefault(tuple(r[key] for key in down), {})[r.get(across)] = percent(r['value'])
+        lines.setdefault(tuple(r[key] for key in down), {})[r.get(across)] = cell(r)
     columns = list(dict.fromkeys(r[across] for r in rows)) if across else []
     head = {'eps': 'ε = {:g}', 'height': '{:g} %'}.get(across, '{}')
     cells, printed = [[*down, *(head.format(c) for c in columns)]], []
@@ -1566,11 +1670,106 @@ def table(rows: list[dict], down: list[str], across: str) -> None:
         names = [f'{v:g}' if isinstance(v, float) else f'{v}' for v in key]
         cells.append(names + [of.get(c, '–') for c in columns])
     for name, *column in zip(*cells):
-        width, numbers = max(map(len, [name, *column])), all(c.replace('.', '').isdigit() for c in column)
+        width, numbers = max(map(len, [name, *column])), all(re.fullmatch(r'[\d.± ]+|–', c) for c in column)
         side, rule = '>' if numbers else '<', '-' * (width + 1) + (':' if numbers else '-')
         first, *others = (f' {cell:{side}{width}} ' for cell in [name, *column])
         printed.append([first, rule, *others])
-    print('\n'.join('|' + '|'.join(line) + '|' for line in zip(*printed)), flush=True)
+    return '\n'.join('|' + '|'.join(line) + '|' for line in zip(*printed))
+
+
+NAMES = {
+    'vanilla': 'vanilla CLIP',
+    'tecoa': 'TeCoA',
+    'fare': 'FARE',
+    'anchored': 'anchored',
+    'delta': 'ΔCLIP',
+}
+NAMES |= {f'{name}_tenth': f'{NAMES[name]}, a tenth' for name in ('tecoa', 'fare', 'anchored')}
+NAMES |= {'k1': 'K = 1', 'k3': 'K = 3', 'eps8': 'trained at ε = 8', 'eps11': 'trained at ε = 11'}
+NAMES |= {'no_clean_start': 'no clean start', 'half_size': 'half the updates at half the resolution first'}
+NAMES |= {
+    'rank_negatives': "attack's negatives: 8 of the 32",
+    'drop': 'half of the patches left out in the attack',
+}
+
+
+def tables(args) -> int:
+    """Markdown of what zeroshot, transfer and audit have measured: all DIR/*/*.json of runs of stage 1
+
+    DIR: such as results. A table for each folder and --subset: accuracy in %, mean ± standard deviation over
+    the seeds (of one seed ± the standard error), what training cost, and a digest of the code that trained.
+    Writes DIR/tables.md, DIR/rows.jsonl (each row with command, seed, commit and the training of its model),
+    and of DIR/ablation the figure DIR/ablation.png."""
+    root, rows, text = Path(args.dirs[0]), [], []
+    for file in sorted(root.glob('*/*.json')):
+        report = data.read_json(file, str(root))
+        for r in report.get('rows', []) if report.get('trained') else []:
+            name, trained = Path(r['model']).name.rpartition('.')[0], report['trained'].get(r['model'], {})
+            kept = {key: report[key] for key in ('command', 'commit', 'seed')}
+            rows.append(
+                {'table': file.parent.name, 'name': NAMES.get(name, name), **r, **kept, 'trained': trained}
+            )
+    order = [*NAMES.values()]
+    rows.sort(key=lambda r: (order.index(r['name']) if r['name'] in order else -1, r['eps']))
+    data.write(root / 'rows.jsonl', ''.join(json.dumps(r, ensure_ascii=False) + '\n' for r in rows))
+    for place, kind, part in dict.fromkeys((r['table'], kind_of(r), r.get('subset')) for r in rows):
+        of = [r for r in rows if (r['table'], kind_of(r), r.get('subset')) == (place, kind, part)]
+        n, by = {r['n'] for r in of}, {r['attack'] for r in of} - {'none'}
+        head = f'{place}: {kind}, {Path(of[0]["data"]).name} {of[0]["split"]}, n = {min(n)}, {"".join(by)}'
+        text += ['## ' + head + f', {part} captions' * (part in ('seen', 'held-out'))]
+        if kind == 'accuracy':
+            text.append(table(over_seeds(of), ['model', 'seeds'], 'column', cell=lambda r: r['value']))
+        elif kind == 'transfer':
+            of = [{**r, 'attacked': Path(r['source']).name.rpartition('.')[0] or 'none'} for r in of]
+            text.append(table(of, ['attacked'], 'name'))
+        else:
+            text.append(table(of, ['check'], 'name', cell=lambda r: r['verdict']))
+            text += [f'* {r["name"]}: {r["check"]}: {r["figure"]}' for r in of if r['verdict'] == 'FAIL']
+    data.write(root / 'tables.md', '\n\n'.join(text) + '\n')
+    print('\n\n'.join(text))
+    if of := [r for r in rows if r['table'] == 'ablation' and r['measure'] == 'accuracy' and r['eps'] == 8]:
+        against_flops(root / 'ablation.png', of)
+    return 0
+
+
+def kind_of(r: dict) -> str:
+    return 'audit' if r['measure'] == 'audit' else 'transfer' if 'source' in r else r['measure']
+
+
+def over_seeds(rows: list[dict]) -> list[dict]:
+    """→ {model, seeds, column, value: what is shown}"""
+    found = []
+    for name in dict.fromkeys(r['name'] for r in rows):
+        of_name = [r for r in rows if r['name'] == name]
+        seeds = sorted({r['trained']['seed'] for r in of_name})
+        common = {'model': name, 'seeds': ' '.join(map(str, seeds))}
+        for eps in dict.fromkeys(r['eps'] for r in of_name):
+            of = [r for r in of_name if r['eps'] == eps]
+            values = [r['value'] for r in of]
+            error = stdev(values) if len(of) > 1 else of[0]['stderr']
+            shown = f'{percent(fmean(values))} ± {percent(error)}'
+            found.append({**common, 'column': f'ε = {eps:g}' if eps else 'clean', 'value': shown})
+        mean = {key: fmean(r['trained'][key] for r in of_name) for key in ('passes', 'flops', 'minutes')}
+        costs = {'M passes': mean['passes'] / 1e6, 'TFLOP': mean['flops'] / 1e12, 'minutes': mean['minutes']}
+        found += [{**common, 'column': key, 'value': f'{value:.3g}'} for key, value in costs.items()]
+        code = ' '.join(sorted({r['trained']['code'] for r in of_name}))
+        found.append({**common, 'column': 'code', 'value': code})
+    return found
+
+
+def against_flops(file: Path, rows: list[dict]) -> None:
+    """Accuracy against what the training cost, a point for each model."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.5), layout='constrained')
+    axes = figure.add_subplot()
+    for name in dict.fromkeys(r['name'] for r in rows):
+        of = [r for r in rows if r['name'] == name]
+        axes.plot([r['trained']['flops'] / 1e12 for r in of], [100 * r['value'] for r in of], 'o', label=name)
+    axes.set(xlabel='FLOPs of the training, in 10¹²', ylabel=f'accuracy in % at ε = {rows[0]["eps"]:g}/255')
+    axes.legend(fontsize=8)
+    axes.grid(alpha=0.3)
+    data.write(file, partial(figure.savefig, dpi=150, format='png'))
 
 
 def curves(file: Path, report: Report) -> None:
@@ -1713,6 +1912,7 @@ HELP = {
     'target': 'class that --grid goes towards; default: a wrong one, drawn by --seed',
     'transfer_from': 'models to transfer attacks from; default: the other DIRs',
     'queries': 'of Square Attack',
+    'defence': 'at test time, around each model: is it one?',
     'image': 'file',
     'labels': "texts to choose from, separated by commas: 'a cat,a dog'",
     'label': 'the true one, which is attacked; default: what the model sees in the clean image',
@@ -1725,7 +1925,7 @@ HELP = {
     'threshold': 'CIDEr below which an image is dropped from later rounds (COCO 10, Flickr30k 2)',
     'targeted': 'sentences: measure how often they can be forced, instead',
 }
-CHOICES = {'subset': ['all', 'held-out', 'seen'], 'prompt': ['', 'v1', 'chat']}
+CHOICES = {'subset': ['all', 'held-out', 'seen'], 'defence': ['', *DEFENCES], 'prompt': ['', 'v1', 'chat']}
 EVERY = {'seed': 0, 'batch_size': 32, 'json': '', 'quiet': False}
 SET = {'data': ['easyvqa'], 'split': 'test', 'n': 500}
 PAIRS = {**SET, 'caption_key': 'text', 'index_dir': ''}
@@ -1737,7 +1937,17 @@ COMMANDS = {  # a command: its flags and their defaults; None: it must be given
     zeroshot: {**CLASSES, **ATTACKED, 'eps': [2.0, 4.0, 8.0, 16.0], 'subset': 'all', 'plot': ''},
     retrieval: {**PAIRS, **ATTACKED, 'eps': [2.0, 4.0, 8.0], 'plot': ''},
     typographic: {**CLASSES, **LETTERS, 'plot': '', 'grid': '', 'grid_eps': [16.0, 32.0, 64.0], 'target': ''},
-    audit: {**CLASSES, **ATTACKED, 'n': 100, 'eps': [8.0], 'transfer_from': [], 'queries': 5000},
+    audit: {
+        **CLASSES,
+        **ATTACKED,
+        'n': 100,
+        'eps': [8.0],
+        'transfer_from': [],
+        'queries': 5000,
+        'defence': '',
+    },
+    transfer: {**CLASSES, 'eps': [8.0]},
+    tables: {},
     show: {**SHOWN, 'attack': 'ensemble', 'eps': [8.0], 'plot': 'show.png'},
     vqa: {**ROUNDS, 'max_new': 5, 'annotations': '', 'questions': []},
     pope: {**ROUNDS, 'max_new': 5},
@@ -1791,7 +2001,7 @@ def wrong_flags(args):
         for eps in (eps for eps in given if not 0.25 <= eps <= 255):
             hint = f'; did you mean {eps * 255:.3g}?' if 0 < eps < 0.25 else ''
             yield f'--{flag} {eps:g}: it is in 1/255, 0.25 … 255; clean is always shown{hint}'
-    if args.command in ('audit', 'show') and len(args.eps) != 1:
+    if args.command in ('audit', 'transfer', 'show') and len(args.eps) != 1:
         yield f'--eps: {args.command} takes one'
     if args.command not in ('zeroshot', 'show') and len(args.data) != 1:
         yield f'--data {" ".join(args.data)}: {args.command} takes one data set'
@@ -1812,6 +2022,8 @@ def wrong_flags(args):
 
 def main(args: argparse.Namespace) -> int:
     """Runs the command; returns the exit code."""
+    if args.run is tables:
+        return tables(args)
     begin = time.time()
     args.rank, args.world, args.device = data.start_processes(hours=168)  # one may have the harder images
     handlers, args.kept = data.hear(stop), Kept(args)
@@ -1822,10 +2034,11 @@ def main(args: argparse.Namespace) -> int:
         report = {'command': shlex.join(['python', 'eval.py', *sys.argv[1:]]), 'commit': data.commit()}
         found = args.run(args)
         report |= {'versions': data.versions(), 'device': str(args.device), 'processes': args.world}
+        report['trained'] = {str(run): training for run in runs if (training := training_of(run))}
         report |= dict(seed=args.seed, seconds=time.time() - begin, rows=found.rows, outcomes=found.outcomes)
         if args.rank == 0:
             print(textwrap.fill(found.title, 120, break_on_hyphens=False), flush=True)
-            table(found.rows, found.down, found.across)
+            print(table(found.rows, found.down, found.across), flush=True)
             if found.plotted and args.plot:
                 curves(Path(args.plot), found)
             for run in runs:
@@ -1838,7 +2051,9 @@ def main(args: argparse.Namespace) -> int:
     except KeyboardInterrupt as e:
         number, where = (*e.args, signal.SIGINT)[0], args.kept.file
         what = f'what was measured is kept in {where}{args.rank}: the same command goes on' if where else ''
-        nothing = 'nothing is kept' + ' (it would be with --json FILE)' * (args.run not in (audit, show))
+        nothing = 'nothing is kept' + ' (it would be with --json FILE)' * (
+            args.run not in (audit, transfer, show)
+        )
         if args.rank == 0:
             print(f'{signal.Signals(number).name}: stopped; {what or nothing}', flush=True)
         if args.world > 1:

@@ -4,6 +4,7 @@ import re
 import shlex
 import sys
 import tarfile
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 import torch
 from conftest import ROOT, TINY, execute, flags, torchrun
 
+import attacks
 import clip_adv
 import data
 import eval as evaluation
@@ -654,6 +656,104 @@ def test_audit_command(run, tmp_path, capsys, monkeypatch):
     rows = json.loads((tmp_path / 'a.json').read_text())['rows']
     assert {r['verdict']: r['value'] for r in rows} == {'PASS': 1, 'FAIL': 0, 'SKIP': None}
     assert [r['check'] for r in rows] == CHECKS
+
+
+def test_audit_fails_a_defence_by_name(run, tmp_path, capsys):
+    """The counterattack at test time seems to help against an attack on the bare model; seen through, not."""
+    arguments = ['audit', run, '--split', 'val', '--n', 40, '--eps', 4, '--queries', 20]
+    found = report(*arguments[:1], tmp_path / 'a.json', *arguments[1:], '--defence', 'counterattack')['rows']
+    assert len(found) == len(CHECKS) + 1 and {r['defence'] for r in found} == {'counterattack'}
+    (verdict,) = (r for r in found if r['check'] == 'counterattack holds when it is attacked itself')
+    none, static, adaptive = map(float, re.findall(r'([\d.]+) %', verdict['figure']))
+    assert verdict['verdict'] == 'FAIL' and static > none + 5 and static > adaptive + 5
+    assert {r['check']: r['verdict'] for r in found}['gradient agrees with finite differences'] == 'FAIL'
+
+
+def test_counterattack_is_straight_through(run):
+    """It moves images, within its ball, to where they are further from their embedding; its gradient is that
+    of the classifier there."""
+    images = evaluation.class_set('easyvqa', 'val')
+    model = evaluation.Classifier(run, torch.device('cpu')).embed_classes(images.classes, images.templates)
+    x = torch.stack([model.pixels(images.item(i)[0]) for i in range(4)]).requires_grad_()
+    seen, embed = [], model.embed
+    model.embed = lambda z: seen.append(z.detach()) or embed(z)
+    z = evaluation.counterattack(model, 4 / 255, 3)(x)
+    moved = seen[-1].clone().requires_grad_()
+    attacks.check(x.detach(), seen[-1], 4 / 255)
+    gradient, behind = torch.autograd.grad(z.sum(), x)[0], torch.autograd.grad(model(moved).sum(), moved)[0]
+    torch.testing.assert_close(gradient, behind)
+    distance = [(embed(of) - embed(x)).norm(dim=-1).mean().item() for of in (seen[1], moved)]
+    assert distance[1] > distance[0] > 0
+
+
+def test_transfer_matrix(run, robust_run, tmp_path, capsys):
+    """What is made on a model fools it most; the unperturbed images are in the first line."""
+    arguments = [run, robust_run, '--split', 'val', '--n', 24, '--eps', 8]
+    found = report('transfer', tmp_path / 'a.json', *arguments)['rows']
+    matrix = {(Path(r['source']).parent.name, Path(r['model']).parent.name): r['value'] for r in found}
+    a, b = run.parent.name, robust_run.parent.name
+    assert len(matrix) == 6 and matrix[a, a] < matrix['', a] and matrix[b, b] < matrix['', b]
+    assert matrix[a, a] <= matrix[b, a] and matrix[b, b] <= matrix[a, b]
+    assert 'source' in capsys.readouterr().out
+
+
+def test_what_a_training_cost(run, tmp_path):
+    """Passes by hand, of a fine-tuning with the run that it began with; FLOPs in their proportion."""
+    began = evaluation.training_of(run)
+    assert began['passes'] == 80 * 32 * 3 and began['updates'] == 80 and began['minutes'] > 0
+    settings = dict(init=run, objective='fare', steps=10, batch_size=32, eps=8, k=3, log_every=5)
+    settings |= dict(eps_from=0, eps_to=0, k_from=0, seed=3, holdout=HELD, out=tmp_path / 'tuned')
+    clip_adv.main(*data.parse(clip_adv.Config, '', flags(**settings)))
+    tuned = evaluation.training_of(tmp_path / 'tuned')
+    passes = 10 * 32 * (3 * 2 + 3 + 1)  # three steps of the attack, the update, f₀
+    assert tuned['passes'] - began['passes'] == passes and tuned['seed'] == 3
+    assert tuned['flops'] - began['flops'] == pytest.approx(
+        began['flops'] / began['passes'] * passes, rel=0.15
+    )
+    again = data.parse(clip_adv.Config, '', shlex.split(tuned['command'])[2:])[0]
+    assert {**vars(again), 'alpha': 6.0} == json.loads(
+        (tmp_path / 'tuned' / 'train_config.json').read_text()
+    )['config']
+    code = json.loads((run / 'train_config.json').read_text())['code']
+    assert set(code) == {'attacks.py', 'clip_adv.py', 'data.py', 'llava_adv.py'}
+
+
+def test_tables_of_results(run, tmp_path, capsys):
+    """Three seeds: mean ± standard deviation; one: ± standard error. Every row keeps where it comes from."""
+    for seed, value in enumerate((0.5, 0.6, 0.7)):
+        common = {'split': 'test', 'n': 100, 'measure': 'accuracy', 'data': 'easyvqa', 'subset': 'seen'}
+        rows = [
+            {
+                'model': f'runs/x/{name}.{seed}',
+                'eps': eps,
+                'attack': 'ensemble',
+                'value': value,
+                'stderr': 0.05,
+            }
+            for name in (['delta', 'tecoa'] if not seed else ['delta'])
+            for eps in (0, 8)
+        ]
+        trained = {r['model']: dict(evaluation.training_of(run), seed=seed) for r in rows}
+        made = {
+            'command': 'c',
+            'commit': 'abc',
+            'seed': 0,
+            'trained': trained,
+            'rows': [common | r for r in rows],
+        }
+        for place in ('easyvqa', 'ablation'):
+            (tmp_path / place).mkdir(exist_ok=True)
+            (tmp_path / place / f'{seed}.json').write_text(json.dumps(made))
+    assert evaluate('tables', tmp_path) == 0
+    text = (tmp_path / 'tables.md').read_text()
+    line = next(line for line in text.splitlines() if line.startswith('| ΔCLIP'))
+    assert [cell.strip() for cell in line.split('|')[2:5]] == ['0 1 2', '60.0 ± 10.0', '60.0 ± 10.0']
+    line = next(line for line in text.splitlines() if line.startswith('| TeCoA'))
+    assert '50.0 ± 5.0' in line and ' 0.00768 ' in line
+    rows = [json.loads(line) for line in (tmp_path / 'rows.jsonl').read_text().splitlines()]
+    assert len(rows) == 16 and all({'command', 'commit', 'seed', 'trained'} <= set(r) for r in rows)
+    assert all(r['trained']['code'] and r['trained']['commit'] and r['trained']['command'] for r in rows)
+    assert (tmp_path / 'ablation.png').stat().st_size > 1000
 
 
 def test_readme_commands_exist(monkeypatch):

@@ -61,6 +61,13 @@ def test_shards_of_clip_benchmark(benchmark):
         assert image.getpixel((0, 0)) == (20 * i, 0, 0) and label == i % 3
 
 
+def test_shards_for_training_are_classified_by_their_captions(benchmark):
+    """.txt in place of .cls, the longest class name in it; other images and classes as they are."""
+    text = {'a.png': encoded(picture()), 'a.txt': b'a photo of a Hot Dog.'}
+    tar(benchmark / 'val' / '0.tar', text)
+    assert evaluation.class_set(str(benchmark), 'val').item(0)[1] == 2
+
+
 def test_webdataset_reads_the_same(benchmark):
     """The library that wrote this convention down sees the same samples."""
     webdataset = pytest.importorskip('webdataset')

@@ -761,6 +761,8 @@ def settings_of_model(cfg: Config, given: set[str], known=None) -> tuple[ClipCfg
 def embed_classes(model: CLIP, tokenizer: data.Tokenizer, prompts: data.Prompts, device):
     """(token ids of all prompts [C · T, L], unit vectors [C, D]: of a class the mean of its T templates)"""
     tokens = tokenizer(prompts.texts()).to(device)
+    if len(tokens.unique(dim=0)) < len(tokens):
+        data.fail(f'two prompts of classes have equal tokens: is --context {tokenizer.context} too short?')
     with torch.no_grad():
         of_class = model.encode_text(tokens).unflatten(0, (len(prompts.names), -1))
     return tokens, F.normalize(of_class.mean(1), dim=-1)
@@ -799,8 +801,8 @@ def check_config(cfg: Config, given: set[str], world: int) -> None:
         data.fail(f'--objective {cfg.objective} --anchor {cfg.anchor:g}: fine-tunes a CLIP: give its --init')
     if cfg.objective == 'tecoa' and cfg.data.endswith('.tar') and not cfg.classes:
         data.fail('--objective tecoa: needs the class names: give --classes')
-    if cfg.objective != 'clip' and (cfg.anchor or cfg.negatives):
-        data.fail(f'--anchor and --negatives are for --objective clip, which {cfg.objective} is not')
+    if cfg.objective != 'clip' and cfg.anchor or is_fine_tuning(cfg) and cfg.negatives:
+        data.fail(f'--objective {cfg.objective}: --anchor is for clip, --negatives for clip without --anchor')
     if min(cfg.anchor, cfg.negatives) < 0 or cfg.negatives == 1:
         data.fail(f'--anchor {cfg.anchor:g} --negatives {cfg.negatives}: not negative, and not 1')
     if cfg.negatives and (share := cfg.batch_size // world) % cfg.negatives:

@@ -251,8 +251,8 @@ class Prompts(typing.NamedTuple):
 
     def label(self, text: str) -> int:
         """Of the class that a text names, the longest name of several. BadSample: none"""
-        words = f' {" ".join(re.findall("[^ .,;:!?]+", text.lower()))} '
-        named = [i for i, name in enumerate(self.names) if f' {name.lower()} ' in words]
+        text, *names = (f' {" ".join(re.findall("[^ .,;:!?]+", t.lower()))} ' for t in (text, *self.names))
+        named = [i for i, name in enumerate(names) if name in text]
         if not named:
             raise BadSample('the caption names none of the classes', f'{text!r:.80}')
         return max(named, key=lambda i: len(self.names[i]))

@@ -167,7 +167,7 @@ def test_the_cheaper_attacks_are_attacks(vanilla, tmp_path, monkeypatch):
     [
         (dict(objective='tecoa'), '--objective tecoa.*give its --init'),
         (dict(anchor=1), '--anchor 1.*give its --init'),
-        (dict(objective='fare', anchor=1, init='.'), '--anchor and --negatives are for --objective clip'),
+        (dict(objective='fare', anchor=1, init='.'), '--objective fare: --anchor is for clip'),
         (dict(objective='tecoa', init='.', data='0.tar'), 'give --classes'),
         (dict(negatives=3), '--negatives 3: must divide the 8 images'),
         (dict(negatives=1), '--negatives 1: not negative, and not 1'),
@@ -185,6 +185,7 @@ def test_bad_settings(tmp_path, settings, message):
 
 # ---------------------------------------------------------------------------------------- captions of classes
 def test_captions_of_classes():
+    assert data.Prompts(['cat', 'St. Bernard'], []).label('This is a photo of a St. Bernard.') == 1
     prompts = data.Prompts(['dog', 'hot dog', 'cat'], ['a {c}.', 'the {c}'])
     assert prompts.texts() == ['a dog.', 'the dog', 'a hot dog.', 'the hot dog', 'a cat.', 'the cat']
     assert [prompts.label(t) for t in ('A photo of a Dog.', 'one hot dog', 'cat, black')] == [0, 1, 2]
@@ -214,6 +215,9 @@ def test_photos_of_classes_from_a_folder(tmp_path):
         objective='tecoa',
         out=tmp_path / 'tuned',
     )
+    with pytest.raises(SystemExit, match='--context 3 too short'):
+        short = dict(objective='tecoa', context=3, out=tmp_path / 'cut')
+        train(**{**TUNED, 'steps': 1}, **how, init=tmp_path / 'run', **short)
     first = re.search(r'"loss_adv": ([\d.]+)', (tmp_path / 'tuned' / 'log.jsonl').read_text())
     assert float(first[1]) < 0.2  # of labels that are shuffled it would be large
 

@@ -14,7 +14,7 @@ run() { [ -e "$1" ] || flock -n "runs/$(echo "$1" | tr / .).lock" bash -c "$2 --
 # the pixels 1, to the weights 1. Half of it is 4533 clean updates; then 1942 of TeCoA (7 passes), 1700 of the
 # others (one more, of the frozen tower). A tenth of the vanilla run is 388 and 340 updates on top of it.
 train="python clip_adv.py --resume --holdout 'red circle,blue triangle,green rectangle,yellow circle'"
-tune="$train --eps_from 0 --eps_to 0 --k_from 0 --lr 1e-3"
+tune="$train --eps_from 0 --eps_to 0 --k_from 0 --lr 3e-3"
 seen="python eval.py zeroshot --subset seen --n 200"
 held="python eval.py zeroshot --subset held-out --n 100"
 R=runs/easyvqa J=results/easyvqa

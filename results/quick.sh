@@ -6,7 +6,7 @@ export OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE
 run() { [ -e "$1" ] || flock -n "runs/$(echo "$1" | tr / .).lock" bash -c "$2 --json $1"; }
 
 train="python clip_adv.py --resume --holdout 'red circle,blue triangle,green rectangle,yellow circle'"
-tune="$train --eps_from 0 --eps_to 0 --k_from 0 --lr LR --init runs/easyvqa/half.0"
+tune="$train --eps_from 0 --eps_to 0 --k_from 0 --lr 3e-3 --init runs/easyvqa/half.0"
 seen="python eval.py zeroshot --subset seen --n 100"
 held="python eval.py zeroshot --subset held-out --n 100"
 R=runs/easyvqa J=results/quick

@@ -177,36 +177,31 @@ def training_of(run: Path) -> dict:
     """How a run of stage 1 came about: command, seed, commit, code and cost, with that of what it began with.
 
     passes: images · passes through the image tower (forward, gradient of the activations, of the weights: one
-    each; an attack's step takes two). flops: of matrix products, both towers. minutes: by the log."""
+    each; so a step of the attack takes two). flops: of matrix products, both towers. minutes: by the log."""
     about = data.settings_of(run)
     if 'objective' not in about.get('config', {}):  # of stage 2, or from before there was a choice
         return {}
-    cfg, default = clip_adv.Config(**about['config']), clip_adv.Config()
+    cfg, flags = clip_adv.Config(**about['config']), []
+    for key, default in vars(clip_adv.Config(alpha=0.75 * cfg.eps)).items():
+        if (value := getattr(cfg, key)) != default and key != 'resume':
+            flags += (
+                [f'--{key}', str(value)] if not isinstance(value, bool) else [f'--{"no-" * (not value)}{key}']
+            )
     meter, _ = clip_adv.metered(cfg, *clip_adv.settings_in(run)[1:])
-    ks, held = clip_adv.updates_by_k(cfg), cfg.objective == 'fare' or cfg.anchor > 0
-    lines = [json.loads(line) for line in data.read_text(run / 'log.jsonl', 'the log').splitlines()]
-    began = training_of(Path(cfg.init)) if cfg.init and Path(cfg.init).is_dir() else {}
-    flags = [(key, value) for key, value in about['config'].items() if value != getattr(default, key)]
-    said = ' '.join(
-        f'--{key} {shlex.quote(str(value))}' for key, value in flags if key not in ('resume', 'alpha')
-    )
-    steps = [line['step'] for line in lines]
-    minutes = (
-        sum(cfg.batch_size * (b - a) / line['images_per_s'] for a, b, line in zip([0, *steps], steps, lines))
-        / 60
-    )
-    return {
-        'command': f'python clip_adv.py {said}',
-        'seed': cfg.seed,
-        'commit': about['commit'],
-        'code': digest([about['code'][f'{name}.py'] for name in ('attacks', 'clip_adv', 'data')]),
-        'updates': cfg.steps + began.get('updates', 0),
-        'passes': sum(n * cfg.batch_size * (2 * k + 3 + held) for k, n in ks.items())
-        + began.get('passes', 0),
-        'flops': sum(n * (k * meter.flops['attack'] + meter.flops['update']) for k, n in ks.items())
-        + began.get('flops', 0),
-        'minutes': minutes + began.get('minutes', 0),
-    }
+    held, found = cfg.objective == 'fare' or cfg.anchor > 0, Counter(updates=cfg.steps)
+    for k, updates in clip_adv.updates_by_k(cfg).items():
+        found['passes'] += updates * cfg.batch_size * (2 * k + 3 + held)
+        found['flops'] += updates * (k * meter.flops['attack'] + meter.flops['update'])
+    before = 0
+    for line in map(json.loads, data.read_text(run / 'log.jsonl', 'the log').splitlines()):
+        found['minutes'] += cfg.batch_size * (line['step'] - before) / line['images_per_s'] / 60
+        before = line['step']
+    if cfg.init and data.settings_of(Path(cfg.init)):
+        began = training_of(Path(cfg.init))
+        found.update({key: began.get(key, 0) for key in found})
+    code = digest([about['code'][f'{name}.py'] for name in ('attacks', 'clip_adv', 'data')])
+    command = shlex.join(['python', 'clip_adv.py', *flags])
+    return {'command': command, 'seed': cfg.seed, 'commit': about['commit'], 'code': code, **found}
 
 
 class Report(NamedTuple):
@@ -1680,72 +1675,74 @@ def table(rows: list[dict], down: list[str], across: str, cell=lambda r: percent
 
 METHODS = """vanilla: vanilla CLIP; tecoa: TeCoA; fare: FARE; anchored: anchored; delta: ΔCLIP
 tecoa_tenth: TeCoA, a tenth; fare_tenth: FARE, a tenth; anchored_tenth: anchored, a tenth
-k1: K = 1; k3: K = 3; eps8: trained at ε = 8; no_clean_start: no clean start; drop: half of the patches
-half_size: half the resolution first; groups: negatives in groups of 8; half: half of vanilla CLIP"""
+half: half of vanilla CLIP; k1: K = 1; k3: K = 3; eps8: trained at ε = 8; eps20: trained at ε = 20
+no_clean_start: no clean start; half_size: half the resolution first; groups: negatives in groups of 8
+drop: half of the patches"""  # by the names of runs: METHOD.SEED
 
 
 def tables(args) -> int:
-    """Markdown of what zeroshot, transfer and audit have measured: all DIR/*/*.json of runs of stage 1
+    """What zeroshot, transfer and audit have measured of runs METHOD.SEED, in DIR/*/*.json, as Markdown
 
-    DIR: such as results. A table for each folder and --subset: accuracy in %, mean ± standard deviation over
-    the seeds (of one seed ± the standard error), what training cost, and a digest of the code that trained.
-    Writes DIR/tables.md, DIR/rows.jsonl (each row with command, seed, commit and the training of its model),
-    and of DIR/ablation the figure DIR/ablation.png."""
-    root, rows, text = Path(args.dirs[0]), [], []
+    DIR: such as results. For each folder and --subset: accuracy in %, mean ± standard deviation over seeds
+    (of one seed ± its standard error), what the trainings cost, and a digest of the code that trained.
+    Writes DIR/tables.md, DIR/rows.jsonl (each row with command, seed, commit and the training of its model)
+    and, of DIR/ablation, DIR/ablation.png."""
     methods = dict(part.strip().split(': ') for part in re.split('[;\n]', METHODS))
+    root, order, rows, text = Path(args.dirs[0]), [*methods.values()], [], []
     for file in sorted(root.glob('*/*.json')):
         report = data.read_json(file, str(root))
-        for r in report.get('rows', []) if report.get('trained') else []:
-            name, trained = Path(r['model']).name.rpartition('.')[0], report['trained'].get(r['model'], {})
-            kept = {key: report[key] for key in ('command', 'commit', 'seed')}
-            rows.append(
-                {'table': file.parent.name, 'name': methods.get(name, name), **r, **kept, 'trained': trained}
+        kept = {key: report.get(key) for key in ('command', 'commit', 'seed')}
+        for r in report.get('rows', []):
+            name, trained = Path(r['model']).name.rpartition('.')[0], report.get('trained', {}).get(
+                r['model']
             )
-    order = [*methods.values()]
-    rows.sort(key=lambda r: (order.index(r['name']) if r['name'] in order else -1, r['eps']))
-    data.write(root / 'rows.jsonl', ''.join(json.dumps(r, ensure_ascii=False) + '\n' for r in rows))
-    for place, kind, part in dict.fromkeys((r['table'], kind_of(r), r.get('subset')) for r in rows):
-        of = [r for r in rows if (r['table'], kind_of(r), r.get('subset')) == (place, kind, part)]
-        n, by = {r['n'] for r in of}, {r['attack'] for r in of} - {'none'}
-        head = f'{place}: {kind}, {Path(of[0]["data"]).name} {of[0]["split"]}, n = {min(n)}, {"".join(by)}'
-        text += ['## ' + head + f', {part} captions' * (part in ('seen', 'held-out'))]
-        if kind == 'accuracy':
-            text.append(table(over_seeds(of), ['model', 'seeds'], 'column', cell=lambda r: r['value']))
-        elif kind == 'transfer':
-            of = [{**r, 'attacked': Path(r['source']).name.rpartition('.')[0] or 'none'} for r in of]
-            text.append(table(of, ['attacked'], 'name'))
+            if trained and r['measure'] in ('accuracy', 'audit'):
+                kind = 'audit' if r['measure'] == 'audit' else 'transfer' if 'source' in r else 'zeroshot'
+                about = {'table': f'{file.parent.name}: {kind}', 'method': methods.get(name, name)}
+                rows.append({**about, **r, **kept, 'trained': trained})
+    rows.sort(key=lambda r: (r['table'], order.index(r['method']) if r['method'] in order else -1, r['eps']))
+    for title, part in dict.fromkeys((r['table'], r.get('subset')) for r in rows):
+        of = [r for r in rows if (r['table'], r.get('subset')) == (title, part)]
+        n, by = min(r['n'] for r in of), ' '.join({r['attack'] for r in of} - {'none'})
+        head = f'## {title}, {Path(of[0]["data"]).name} {of[0]["split"]}, n = {n}, {by}'
+        text.append(head + f', {part} captions' * (part in ('seen', 'held-out')))
+        if title.endswith('zeroshot'):
+            text.append(table(over_seeds(of), ['model', 'seeds'], 'column', lambda r: r['value']))
+        elif title.endswith('transfer'):
+            of = [{**r, 'attacked': Path(r['source']).name} for r in of]
+            text.append(table(of, ['attacked'], 'method'))
         else:
-            text.append(table(of, ['check'], 'name', cell=lambda r: r['verdict']))
-            text += [f'* {r["name"]}: {r["check"]}: {r["figure"]}' for r in of if r['verdict'] == 'FAIL']
+            of = [{**r, 'model': r['method'] + f', {r["defence"]}' * bool(r['defence'])} for r in of]
+            text.append(table(of, ['check'], 'model', lambda r: r['verdict']))
+            text += [f'* {r["model"]}: {r["check"]}: {r["figure"]}' for r in of if r['verdict'] == 'FAIL']
+    data.write(root / 'rows.jsonl', ''.join(json.dumps(r, ensure_ascii=False) + '\n' for r in rows))
     data.write(root / 'tables.md', '\n\n'.join(text) + '\n')
     print('\n\n'.join(text))
-    if of := [r for r in rows if r['table'] == 'ablation' and r['measure'] == 'accuracy' and r['eps'] == 8]:
+    if of := [r for r in rows if r['table'] == 'ablation: zeroshot' and r['eps'] == 8]:
         against_flops(root / 'ablation.png', of)
     return 0
 
 
-def kind_of(r: dict) -> str:
-    return 'audit' if r['measure'] == 'audit' else 'transfer' if 'source' in r else r['measure']
-
-
 def over_seeds(rows: list[dict]) -> list[dict]:
-    """→ {model, seeds, column, value: what is shown}"""
+    """→ [{model, seeds, column, value: what is shown}]"""
     found = []
-    for name in dict.fromkeys(r['name'] for r in rows):
-        of_name = [r for r in rows if r['name'] == name]
-        seeds = sorted({r['trained']['seed'] for r in of_name})
-        common = {'model': name, 'seeds': ' '.join(map(str, seeds))}
+    for name in dict.fromkeys(r['method'] for r in rows):
+        of_name = [r for r in rows if r['method'] == name]
+        shown = {}
         for eps in dict.fromkeys(r['eps'] for r in of_name):
             of = [r for r in of_name if r['eps'] == eps]
             values = [r['value'] for r in of]
             error = stdev(values) if len(of) > 1 else of[0]['stderr']
-            shown = f'{percent(fmean(values))} ± {percent(error)}'
-            found.append({**common, 'column': f'ε = {eps:g}' if eps else 'clean', 'value': shown})
-        mean = {key: fmean(r['trained'][key] for r in of_name) for key in ('passes', 'flops', 'minutes')}
-        costs = {'M passes': mean['passes'] / 1e6, 'TFLOP': mean['flops'] / 1e12, 'minutes': mean['minutes']}
-        found += [{**common, 'column': key, 'value': f'{value:.3g}'} for key, value in costs.items()]
-        code = ' '.join(sorted({r['trained']['code'] for r in of_name}))
-        found.append({**common, 'column': 'code', 'value': code})
+            shown[f'ε = {eps:g}' if eps else 'clean'] = f'{percent(fmean(values))} ± {percent(error)}'
+        for key, head, unit in (
+            ('passes', 'M passes', 1e6),
+            ('flops', 'TFLOP', 1e12),
+            ('minutes', 'minutes', 1),
+        ):
+            shown[head] = f'{fmean(r["trained"][key] for r in of_name) / unit:.3g}'
+        shown['code'] = ' '.join(sorted({r['trained']['code'] for r in of_name}))
+        seeds = ' '.join(map(str, sorted({r['trained']['seed'] for r in of_name})))
+        found += [{'model': name, 'seeds': seeds, 'column': key, 'value': shown[key]} for key in shown]
     return found
 
 
@@ -1755,8 +1752,8 @@ def against_flops(file: Path, rows: list[dict]) -> None:
 
     figure = Figure(figsize=(7, 4.5), layout='constrained')
     axes = figure.add_subplot()
-    for name in dict.fromkeys(r['name'] for r in rows):
-        of = [r for r in rows if r['name'] == name]
+    for name in dict.fromkeys(r['method'] for r in rows):
+        of = [r for r in rows if r['method'] == name]
         axes.plot([r['trained']['flops'] / 1e12 for r in of], [100 * r['value'] for r in of], 'o', label=name)
     axes.set(xlabel='FLOPs of the training, in 10¹²', ylabel=f'accuracy in % at ε = {rows[0]["eps"]:g}/255')
     axes.legend(fontsize=8)

@@ -702,7 +702,9 @@ def test_what_a_training_cost(run, tmp_path):
     began = evaluation.training_of(run)
     assert began['passes'] == 80 * 32 * 3 and began['updates'] == 80 and began['minutes'] > 0
     settings = dict(init=run, objective='fare', steps=10, batch_size=32, eps=8, k=3, log_every=5)
-    settings |= dict(eps_from=0, eps_to=0, k_from=0, seed=3, holdout=HELD, out=tmp_path / 'tuned')
+    settings |= dict(
+        eps_from=0, eps_to=0, k_from=0, alpha=5, compile=False, seed=3, holdout=HELD, out=tmp_path / 'tuned'
+    )
     clip_adv.main(*data.parse(clip_adv.Config, '', flags(**settings)))
     tuned = evaluation.training_of(tmp_path / 'tuned')
     passes = 10 * 32 * (3 * 2 + 3 + 1)  # three steps of the attack, the update, f₀
@@ -711,9 +713,7 @@ def test_what_a_training_cost(run, tmp_path):
         began['flops'] / began['passes'] * passes, rel=0.15
     )
     again = data.parse(clip_adv.Config, '', shlex.split(tuned['command'])[2:])[0]
-    assert {**vars(again), 'alpha': 6.0} == json.loads(
-        (tmp_path / 'tuned' / 'train_config.json').read_text()
-    )['config']
+    assert vars(again) == json.loads((tmp_path / 'tuned' / 'train_config.json').read_text())['config']
     code = json.loads((run / 'train_config.json').read_text())['code']
     assert set(code) == {'attacks.py', 'clip_adv.py', 'data.py', 'llava_adv.py'}
 

@@ -24,20 +24,20 @@ for seed in 0 1 2; do
     run $J/delta.$seed.json "$train --seed $seed --out $R/delta.$seed && $seen $R/delta.$seed"
     run $J/tecoa.$seed.json "$tune --objective tecoa --init $R/half.$seed --steps 1942 --seed $seed --out $R/tecoa.$seed && $seen $R/tecoa.$seed"
     run $J/fare.$seed.json "$tune --objective fare --init $R/half.$seed --steps 1700 --seed $seed --out $R/fare.$seed && $seen $R/fare.$seed"
-    run $J/anchored.$seed.json "$tune --anchor 1 --init $R/half.$seed --steps 1700 --seed $seed --out $R/anchored.$seed && $seen $R/anchored.$seed"
+    run $J/anchored.$seed.json "$tune --anchor 0.2 --init $R/half.$seed --steps 1700 --seed $seed --out $R/anchored.$seed && $seen $R/anchored.$seed"
     for name in vanilla delta tecoa fare anchored; do
         run $J/$name.$seed.held-out.json "$held $R/$name.$seed"
     done
     run $J/tecoa_tenth.$seed.json "$tune --objective tecoa --init $R/vanilla.$seed --steps 388 --seed $seed --out $R/tecoa_tenth.$seed && $seen $R/tecoa_tenth.$seed"
     run $J/fare_tenth.$seed.json "$tune --objective fare --init $R/vanilla.$seed --steps 340 --seed $seed --out $R/fare_tenth.$seed && $seen $R/fare_tenth.$seed"
-    run $J/anchored_tenth.$seed.json "$tune --anchor 1 --init $R/vanilla.$seed --steps 340 --seed $seed --out $R/anchored_tenth.$seed && $seen $R/anchored_tenth.$seed"
+    run $J/anchored_tenth.$seed.json "$tune --anchor 0.2 --init $R/vanilla.$seed --steps 340 --seed $seed --out $R/anchored_tenth.$seed && $seen $R/anchored_tenth.$seed"
 done
 
 # Attacks made on each model against all, and are they what they seem? (audit ends with 1 where a check fails)
 five=$(echo $R/{vanilla,tecoa,fare,anchored,delta}.0)
 run results/models/transfer.json "python eval.py transfer $five --n 200"
 run results/models/audit.json "python eval.py audit $five --split val"
-run results/models/defence.json "python eval.py audit $R/vanilla.0 --defence counterattack --eps 6 --split val"
+run results/models/defence.json "python eval.py audit $R/vanilla.0 --defence counterattack --eps 6 --split val --queries 1000"
 
 # ----------------------------------------------------------------------------------- what makes ΔCLIP work
 R=runs/ablation J=results/ablation

@@ -15,7 +15,7 @@ run $J/delta.0.json "$train --out $R/delta.0 && $seen $R/delta.0"
 run $J/vanilla.0.json "$train --eps 0 --steps 9067 --out $R/vanilla.0 && $seen $R/vanilla.0"
 run $J/tecoa.0.json "$tune --objective tecoa --steps 1942 --out $R/tecoa.0 && $seen $R/tecoa.0"
 run $J/fare.0.json "$tune --objective fare --steps 1700 --out $R/fare.0 && $seen $R/fare.0"
-run $J/anchored.0.json "$tune --anchor 1 --steps 1700 --out $R/anchored.0 && $seen $R/anchored.0"
+run $J/anchored.0.json "$tune --anchor 0.2 --steps 1700 --out $R/anchored.0 && $seen $R/anchored.0"
 for name in vanilla tecoa fare anchored delta; do
     run $J/$name.0.held-out.json "$held $R/$name.0"
 done

@@ -5,7 +5,7 @@
     torchrun clip_adv.py                                    # ΔCLIP on easy-VQA, 2 CPU cores, 6 minutes
     torchrun clip_adv.py --eps 0 --out runs/clip            # vanilla CLIP: same samples, as many updates
     torchrun --nproc_per_node 8 clip_adv.py --data 'DIR/{0000..1023}.tar' ...  # shards (or a folder), 8 GPUs
-    torchrun clip_adv.py --init runs/clip --objective fare --out runs/fare  # the prior art: fine-tuning
+    torchrun clip_adv.py --init runs/clip --objective fare --out runs/fare  # prior art: tunes a clean CLIP
     python clip_adv.py --plan results/delta_clip_h14.sh     # what the paper's largest would cost
     python eval.py zeroshot runs/clip runs/clip_adv         # both under attack
 
@@ -57,7 +57,7 @@ class Config:
     init: str = ''  # start from a CLIP: a run, open_clip's, an id, …; --size and --context may differ
     resume: bool = False  # continue the run in --out; start it where there is none
     seed: int = 0  # of weights, order, augmentation and δ₀
-    # fine-tuning the image tower of --init, the prior art; the text tower is frozen
+    # the prior art: tunes the image tower of --init, under the whole attack from the first update on
     objective: Literal['clip', 'tecoa', 'fare'] = 'clip'  # the loss, of the attack and of the update
     anchor: float = 0.0  # λ: clip + λ·‖f(x+δ) − f₀(x)‖, of unit vectors; f₀ is the tower of --init
     # attack
@@ -351,27 +351,27 @@ def distance(image: Tensor, original: Tensor, n: int) -> Tensor:
     return sum_of_ranks((image - F.normalize(original, dim=-1)).norm(dim=-1).sum()) / n
 
 
-class Given(NamedTuple):
+class Against(NamedTuple):
     """What a loss compares this rank's images with."""
 
-    text: Tensor  # [B, D], unit vectors of the captions, of the whole batch
+    text: Tensor | None  # [B, D], unit vectors of the captions, of the whole batch
     log_scale: Tensor
     clean: Tensor | None = None  # f₀(x): [b, D], not normalised
     classes: Tensor | None = None  # [C, D], unit vectors
     labels: Tensor | None = None  # int64 [b]
 
 
-def objective(cfg: Config, image: Tensor, given: Given, groups: int = 0) -> Tensor:
+def objective(cfg: Config, image: Tensor, against: Against, groups: int = 0) -> Tensor:
     """The loss of --objective, of attack and update.   image: [b, D], not normalised.  groups: --negatives"""
     if cfg.objective == 'fare':
-        return fare(image, given.clean, cfg.batch_size)
+        return fare(image, against.clean, cfg.batch_size)
     image = F.normalize(image, dim=-1)
     if cfg.objective == 'tecoa':
-        return tecoa(image, given.classes, given.labels, cfg.batch_size)
+        return tecoa(image, against.classes, against.labels, cfg.batch_size)
     if groups:
-        return info_nce_in_groups(image, given.text, given.log_scale, groups)
-    loss = info_nce(image, given.text, given.log_scale, cfg.micro_batch)
-    return loss + cfg.anchor * distance(image, given.clean, cfg.batch_size) if cfg.anchor else loss
+        return info_nce_in_groups(image, against.text, against.log_scale, groups)
+    loss = info_nce(image, against.text, against.log_scale, cfg.micro_batch)
+    return loss + cfg.anchor * distance(image, against.clean, cfg.batch_size) if cfg.anchor else loss
 
 
 def sum_of_ranks(x: Tensor) -> Tensor:
@@ -426,6 +426,11 @@ def is_fine_tuning(cfg: Config) -> bool:
     return cfg.objective != 'clip' or cfg.anchor > 0
 
 
+def is_held(cfg: Config) -> bool:
+    """Whether the loss compares with f₀, the tower that the training began with."""
+    return cfg.objective == 'fare' or cfg.anchor > 0
+
+
 @contextlib.contextmanager
 def frozen(module: nn.Module):
     """Eval mode, no gradient for parameters: what an attack needs. (A compiled module would otherwise compute
@@ -459,11 +464,11 @@ def main(cfg: Config, given: set[str]) -> None:
         known_by['--classes'] = data.digests_of({'names and templates': prompts.texts()})
     model, tokenizer = build(cfg, given, prompts or pairs, state)
     model.to(device).train()
-    original = None  # f₀, for what is held to it
-    if held := cfg.objective == 'fare' or cfg.anchor > 0:
+    if is_held(cfg):
         original = load_clip(cfg.init, model.visual.size, flag='--init', tokenizer=False)[0].visual.to(device)
-        original.requires_grad_(False)
-        sums = (p.view(torch.int32).sum(dtype=torch.long).item() for p in original.state_dict().values())
+        weights = original.requires_grad_(False).state_dict()
+        del weights['positional_embedding']  # may have been interpolated
+        sums = (w.view(torch.int32).sum(dtype=torch.long).item() for w in weights.values())
         known_by['--init'] = data.digests_of({'weights': sums})
     data.check_resumed(state, known_by)
     if is_fine_tuning(cfg):
@@ -488,7 +493,9 @@ def main(cfg: Config, given: set[str]) -> None:
         if rank == 0 and step:
             save_clip(model, tokenizer, run.out)
             data.write_settings(cfg, step)
-            run.write_card(card(cfg, 'A CLIP', 1, HUB_HEADER, facts, LOAD if not wrong else LOAD[:1]))
+            what = {'clip': 'A CLIP', 'tecoa': 'A CLIP tuned by TeCoA', 'fare': 'A CLIP tuned by FARE'}
+            what = f'{what[cfg.objective]}, from {cfg.init}' if cfg.init else what[cfg.objective]
+            run.write_card(card(cfg, what, 1, HUB_HEADER, facts, LOAD if not wrong else LOAD[:1]))
 
     export(first_step)
     fit = data.Fit(model.visual.size, model.preprocess.interpolation, model.preprocess.resize_mode)
@@ -497,9 +504,8 @@ def main(cfg: Config, given: set[str]) -> None:
     bar = run.bar(data.loader(samples, order, cfg.workers), 'clip_adv', first_step, cfg.steps)
     amp = torch.autocast(device.type, torch.bfloat16, enabled=device.type == 'cuda')
     if cfg.objective == 'tecoa':
-        prompts = prompts or data.Prompts(sorted(set(pairs.texts())), ['{c}'])
         with amp:
-            prompt_tokens, classes = embed_classes(model, tokenizer, prompts, device)
+            classes, label_of = embed_classes(model, tokenizer, prompts or pairs.texts(), device)
 
     # -------------------------------------------------------------------------------------- the training loop
     for step, (images, tokens, _) in enumerate(run.read(bar), first_step):
@@ -511,20 +517,20 @@ def main(cfg: Config, given: set[str]) -> None:
 
         # 1. Encode the text once, for the attack and the update alike: the perturbation does not touch it.
         with amp:
-            text = gather(model.encode_text(tokens, cfg.micro_batch))  # [B, D], the whole batch
-            given = Given(text, model.logit_scale)
-            if held:
-                given = given._replace(clean=original(x).float())
+            text = gather(model.encode_text(tokens, cfg.micro_batch)) if cfg.objective == 'clip' else None
+            against = Against(text, model.logit_scale)  # text: [B, D], of the whole batch
+            if is_held(cfg):
+                against = against._replace(clean=in_parts(original, x, cfg.micro_batch).float())
         if cfg.objective == 'tecoa':
-            matches = (tokens[:, None] == prompt_tokens).all(-1)  # [b, classes · templates]
-            given = given._replace(classes=classes, labels=matches.int().argmax(1) // len(prompts.templates))
-        fixed = given._replace(text=text.detach(), log_scale=model.logit_scale.detach())
+            labels = torch.tensor([label_of[tuple(row)] for row in tokens.tolist()], device=device)
+            against = against._replace(classes=classes, labels=labels)
+        fixed = Against(*(of if of is None else of.detach() for of in against))
 
-        def loss_of(images: Tensor, tower=model, given=fixed, kept=None, groups=0) -> Tensor:
+        def loss_of(images: Tensor, tower=model, against=fixed, kept=None, groups=0) -> Tensor:
             """The loss of the global batch as a function of this rank's images, all else fixed."""
             with amp:
                 image = tower(images, cfg.micro_batch, unit=False, kept=kept)
-            return objective(cfg, image, given, groups)
+            return objective(cfg, image, against, groups)
 
         which_tokens = data.generator(cfg.seed, 'tokens', step)
 
@@ -547,7 +553,7 @@ def main(cfg: Config, given: set[str]) -> None:
             run.lap_ms(logging)  # measuring the clean loss is not training
 
         # 3. Update the weights on the adversarial images only: the minimisation over θ.
-        loss = loss_of(x_adv, step_model, given)
+        loss = loss_of(x_adv, step_model, against)
         (loss * world).backward()  # as DDP averages over the ranks
         grad_norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
         run.stop_if_not_finite(step, loss.item(), grad_norm.item())
@@ -758,14 +764,17 @@ def settings_of_model(cfg: Config, given: set[str], known=None) -> tuple[ClipCfg
     return from_open_clip({'model_cfg': model_cfg, 'preprocess_cfg': preprocess}, cfg.init or 'the model')
 
 
-def embed_classes(model: CLIP, tokenizer: data.Tokenizer, prompts: data.Prompts, device):
-    """(token ids of all prompts [C · T, L], unit vectors [C, D]: of a class the mean of its T templates)"""
-    tokens = tokenizer(prompts.texts()).to(device)
-    if len(tokens.unique(dim=0)) < len(tokens):
+def embed_classes(model: CLIP, tokenizer: data.Tokenizer, of: data.Prompts | list[str], device):
+    """of: prompts; or captions, of which each that differs is a class → (unit vectors [C, D]: of a class the
+    mean of its templates; {token ids of a prompt: its class})"""
+    prompts = of if isinstance(of, data.Prompts) else data.Prompts(sorted(set(of)), ['{c}'])
+    tokens, n = tokenizer(prompts.texts()), len(prompts.templates)
+    label_of = {tuple(row): i // n for i, row in enumerate(tokens.tolist())}
+    if len(label_of) < len(tokens):
         data.fail(f'two prompts of classes have equal tokens: is --context {tokenizer.context} too short?')
     with torch.no_grad():
-        of_class = model.encode_text(tokens).unflatten(0, (len(prompts.names), -1))
-    return tokens, F.normalize(of_class.mean(1), dim=-1)
+        of_class = torch.cat([model.encode_text(part.to(device)) for part in tokens.split(256)])
+    return F.normalize(of_class.unflatten(0, (-1, n)).mean(1), dim=-1), label_of
 
 
 def with_tokenizer(text_cfg: TextCfg, tokenizer: data.Tokenizer) -> TextCfg:
@@ -797,9 +806,17 @@ def check_config(cfg: Config, given: set[str], world: int) -> None:
         data.fail(f'--eps_from {cfg.eps_from:g} --eps_to {cfg.eps_to:g}: the ramp ends before it begins')
     if cfg.batch_size < 2 or cfg.batch_size % world:
         data.fail(f'--batch_size {cfg.batch_size}: must be at least 2 and divisible by the {world} processes')
-    if is_fine_tuning(cfg) and not cfg.init:
-        data.fail(f'--objective {cfg.objective} --anchor {cfg.anchor:g}: fine-tunes a CLIP: give its --init')
-    if cfg.objective == 'tecoa' and cfg.data.endswith('.tar') and not cfg.classes:
+    if is_fine_tuning(cfg):
+        if not cfg.init:
+            data.fail(f'--objective {cfg.objective} --anchor {cfg.anchor:g}: tunes a CLIP: give its --init')
+        for name in {'eps_from', 'eps_to', 'k_from'} - given:
+            setattr(cfg, name, 0.0)
+        if is_held(cfg) and not (cfg.eps and cfg.eps_from == cfg.eps_to == 0):
+            data.fail(
+                f'--eps {cfg.eps:g} --eps_from {cfg.eps_from:g} --eps_to {cfg.eps_to:g}: without an attack '
+                'there is nothing to learn from the tower that the training begins with'
+            )
+    if cfg.objective == 'tecoa' and cfg.data != 'easyvqa' and not cfg.classes:
         data.fail('--objective tecoa: needs the class names: give --classes')
     if cfg.objective != 'clip' and cfg.anchor or is_fine_tuning(cfg) and cfg.negatives:
         data.fail(f'--objective {cfg.objective}: --anchor is for clip, --negatives for clip without --anchor')
@@ -1174,31 +1191,31 @@ def plan(cfg: Config, given: set[str], world: int, known: dict) -> list[tuple]:
     cells = cfg.out, f'{image / 1e6:.1f} + {(both - image) / 1e6:.1f}', f'{px}'
     cells += f'{len(model.visual.positional_embedding)} + {length}', f'{cfg.eps:g} {cfg.alpha:g} {cfg.k}'
     said = f'{cfg.micro_batch or n} samples at a time on each of {world} GPUs, texts of {length} tokens'
-    kept = 4 * both * (2 + (world > 1))  # AdamW's moments, DDP's buckets
-    return [costs(cells, cfg.batch_size, updates_by_k(cfg), meter, n, kept, said)]
-
-
-def updates_by_k(cfg: Config) -> Counter:
-    return Counter(attack_at(cfg, step)[2] for step in range(cfg.steps))
+    trained = image if is_fine_tuning(cfg) else both
+    kept = 4 * trained * (2 + (world > 1)) + 4 * image * is_held(cfg)  # AdamW's moments, DDP's buckets, f₀
+    ks = Counter(attack_at(cfg, step)[2] for step in range(cfg.steps))
+    return [costs(cells, cfg.batch_size, ks, meter, n, kept, said)]
 
 
 def metered(cfg: Config, clip_cfg: ClipCfg, preprocess: Preprocess, world: int = 1) -> tuple[Meter, CLIP]:
     """A rank's share of an update, by phase: attack (one step of it), update. And a CLIP of no content."""
     n, micro, amp = cfg.batch_size // world, cfg.micro_batch, torch.autocast('cpu', torch.bfloat16)
-    px, length, tuned = clip_cfg.vision_cfg.image_size, clip_cfg.text_cfg.context_length, is_fine_tuning(cfg)
+    px, length = clip_cfg.vision_cfg.image_size, clip_cfg.text_cfg.context_length
+    tied = cfg.objective == 'clip'  # to the captions of the batch
 
     def loss_of(images: Tensor, text: Tensor, scale: Tensor, kept=None) -> Tensor:
         with amp:
             features = model(images, micro, kept=kept)
-        return info_nce(features, torch.cat([text, others]), scale, micro)
+        return info_nce(features, torch.cat([text, others]), scale, micro) if tied else features.sum()
 
     with FakeTensorMode(), Meter(_local_scalar_dense=length - 1) as meter:  # a text ends with the last token
         model, x = CLIP(clip_cfg, preprocess), torch.empty(n, 3, px, px)
-        model.requires_grad_(not tuned).visual.requires_grad_(True)
+        model.requires_grad_(not is_fine_tuning(cfg)).visual.requires_grad_(True)
+        text = torch.empty(n, clip_cfg.embed_dim)
         with amp:
-            text = model.encode_text(torch.empty(n, length, dtype=torch.long), micro)
+            text = model.encode_text(torch.empty(n, length, dtype=torch.long), micro) if tied else text
             with torch.no_grad():
-                model.visual(x) if cfg.objective == 'fare' or cfg.anchor else None  # f₀
+                in_parts(model.visual, x, micro) if is_held(cfg) else None  # f₀
         others, meter.phase = torch.empty(cfg.batch_size - n, clip_cfg.embed_dim), 'attack'  # of other GPUs
         kept = torch.arange(round((1 - cfg.drop) * (len(model.visual.positional_embedding) - 1)) + 1)
         with frozen(model.visual):

@@ -1735,6 +1735,18 @@ def commit() -> str:
     return found.stdout.strip() or 'unknown'
 
 
+@functools.cache
+def code() -> str:
+    """A digest of this project's files that the process runs, as they were when it first asked."""
+    loaded = {os.path.realpath(m.__file__) for m in [*sys.modules.values()] if getattr(m, '__file__', None)}
+    files = sorted(Path(os.path.realpath(__file__)).parent.glob('*.py'))
+    return digest([sha256(file) for file in files if str(file) in loaded])
+
+
+def digest(of) -> str:
+    return hashlib.blake2b(json.dumps(of).encode(), digest_size=3).hexdigest()
+
+
 def versions() -> dict[str, str]:
     libraries = {library.__name__: library.__version__ for library in (torch, torchvision, np)}
     return {'python': platform.python_version(), **libraries}
@@ -1879,14 +1891,17 @@ def load_optimizer(optimizer, state: dict) -> None:
 def write_settings(cfg, updates: int = 0) -> dict:
     """train_config.json, by which a folder is known to be a run.   updates: of the model exported there"""
     out, about = Path(cfg.out), {'config': asdict(cfg), 'commit': commit(), 'versions': versions()}
+    before = settings_of(out)
+    if updates and updates == before.get('updates'):  # nothing was trained since then
+        about['commit'], about['code'] = before['commit'], before.get('code', [])
+    else:
+        about['code'] = list(dict.fromkeys([*before.get('code', []), code()]))
     about |= {'processes': rank_and_world()[1], 'threads': torch.get_num_threads(), 'updates': updates}
     with reading(f'--out {cfg.out}', 'a folder that can be made and written into'):
         out.mkdir(parents=True, exist_ok=True)
         lock(out)
     exported = [file for file in (out / OPEN_CLIP_FILES[0], out / HF_FILES[0]) if updates and file.is_file()]
     about['sha256'] = {file.name: sha256(file) for file in exported}
-    code = (Path(__file__).with_name(f'{name}.py') for name in ('attacks', 'clip_adv', 'data', 'llava_adv'))
-    about['code'] = {file.name: sha256(file) for file in code}
     write(out / 'train_config.json', json.dumps(about, indent=2))
     return about
 

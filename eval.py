@@ -19,7 +19,6 @@ import argparse
 import contextlib
 import fcntl
 import glob
-import hashlib
 import inspect
 import itertools
 import json
@@ -108,7 +107,7 @@ class Kept:
         used += [Path(getattr(args, flag, '') or 'none') for flag in flags]
         used += Path(__file__).parent.glob('*.py')
         stamps = sorted(file.stat().st_mtime_ns for file in used if file.exists())
-        same = digest([args.dirs, *identity(args), stamps])
+        same = data.digest([args.dirs, *identity(args), stamps])
         self.file = beside[0].with_name(f'{beside[0].name}_{same}.partial')
 
     def before(self) -> dict[tuple[float, int], tuple]:
@@ -165,6 +164,12 @@ def draw(items: list, n: int, seed: int) -> list:
 
 # ------------------------------------------------------------------------------------------ rows and outcomes
 def say_what_was_trained_on(args, runs: list[Path]) -> None:
+    for run in runs:
+        about = data.settings_of(run)
+        if args.rank == 0 and 0 < about.get('updates', 0) < about['config'].get('steps', 0):
+            print(
+                f'note: {run} is at update {about["updates"]} of {about["config"]["steps"]}', file=sys.stderr
+            )
     for run, name in itertools.product(runs, map(Path, args.data)):
         of = data.settings_of(run)['config'].get('data', '')
         if os.path.realpath(of) == os.path.realpath(name) and args.rank == 0:
@@ -176,8 +181,9 @@ def say_what_was_trained_on(args, runs: list[Path]) -> None:
 def training_of(run: Path) -> dict:
     """How a run of stage 1 came about: command, seed, commit, code and cost, with that of what it began with.
 
-    passes: images · passes through the image tower (forward, gradient of the activations, of the weights: one
-    each; so a step of the attack takes two). flops: of matrix products, both towers. minutes: by the log."""
+    passes: images · passes through the image tower (forward, gradient of the activations, of the weights: 1
+    each; so a step of the attack takes 2). flops: of matrix products, both towers. minutes: by the log. None:
+    not known, as of a model that is no longer there."""
     about = data.settings_of(run)
     if 'objective' not in about.get('config', {}):  # of stage 2, or from before there was a choice
         return {}
@@ -188,20 +194,21 @@ def training_of(run: Path) -> dict:
                 [f'--{key}', str(value)] if not isinstance(value, bool) else [f'--{"no-" * (not value)}{key}']
             )
     meter, _ = clip_adv.metered(cfg, *clip_adv.settings_in(run)[1:])
-    held, found = cfg.objective == 'fare' or cfg.anchor > 0, Counter(updates=cfg.steps)
-    for k, updates in clip_adv.updates_by_k(cfg).items():
-        found['passes'] += updates * cfg.batch_size * (2 * k + 3 + held)
+    found, before, code = Counter(updates=about['updates']), 0, about['code']
+    for k, updates in Counter(clip_adv.attack_at(cfg, step)[2] for step in range(about['updates'])).items():
+        found['passes'] += updates * cfg.batch_size * (2 * k + 3 + clip_adv.is_held(cfg))
         found['flops'] += updates * (k * meter.flops['attack'] + meter.flops['update'])
-    before = 0
-    for line in map(json.loads, data.read_text(run / 'log.jsonl', 'the log').splitlines()):
+    log = run / 'log.jsonl'
+    for line in map(json.loads, log.read_text().splitlines() if log.exists() else []):
         found['minutes'] += cfg.batch_size * (line['step'] - before) / line['images_per_s'] / 60
         before = line['step']
-    if cfg.init and data.settings_of(Path(cfg.init)):
-        began = training_of(Path(cfg.init))
-        found.update({key: began.get(key, 0) for key in found})
-    code = digest([about['code'][f'{name}.py'] for name in ('attacks', 'clip_adv', 'data')])
+    costs = {key: found[key] or None for key in ('updates', 'passes', 'flops', 'minutes')}
+    if cfg.init:
+        began = training_of(Path(cfg.init)) if Path(cfg.init).is_dir() else {}
+        costs = {key: began.get(key) and costs[key] and costs[key] + began[key] for key in costs}
+        code = dict.fromkeys([*began.get('code', '').split(), *code])
     command = shlex.join(['python', 'clip_adv.py', *flags])
-    return {'command': command, 'seed': cfg.seed, 'commit': about['commit'], 'code': code, **found}
+    return {'command': command, 'seed': cfg.seed, 'commit': about['commit'], 'code': ' '.join(code), **costs}
 
 
 class Report(NamedTuple):
@@ -890,7 +897,8 @@ def audit(args) -> Report:
         if args.defence:
             model, source = DEFENCES[args.defence](model), [model]
         checks = Audit(args, model, loaded[0], eps / 255, *source).checks()
-        for name, holds, figure in tqdm(checks, path, total=12, disable=args.quiet or args.rank > 0):
+        n, quiet = 12 + bool(args.defence), args.quiet or args.rank > 0
+        for name, holds, figure in tqdm(checks, path, total=n, disable=quiet):
             verdict, value = ('SKIP', None) if holds is None else (('FAIL', 'PASS')[holds], float(holds))
             what = {'check': name, 'verdict': verdict, 'figure': figure, 'defence': args.defence or None}
             common = about(args, path, eps, split=images.split, **what)
@@ -973,7 +981,8 @@ class Audit:
             none, static = self.share(~bare.done), self.share(self.correct(bare.images, y))
             figure = f'ensemble on the bare model: {p(none)} % without it, {p(static)} % with it afterwards; '
             figure += f'through it: {p(white)} %'
-            yield f'{self.args.defence} holds when it is attacked itself', static <= white + slack, figure
+            name, helps = f'{self.args.defence} helps when it is attacked itself', white > none + slack
+            yield name, helps and static <= white + slack, figure
 
         at_radius = [self.under_apgd(min(f * eps, 1.0), f'radius {f}') for f in (0.5, 1, 2, 4)]
         falls = all(b <= a + slack for a, b in zip([clean, *at_radius], at_radius))
@@ -1031,8 +1040,9 @@ class Audit:
 
 
 def counterattack(classifier: Classifier, eps: float = 4 / 255, steps: int = 4):
-    """A defence at test time, for `audit`: every image is first moved to where its embedding is far from
-    what it was, as that of an attacked image would be unstable.   Xing et al. 2025, arXiv 2503.03613
+    """A defence at test time, for `audit`: every image is first moved to where its embedding is far from what
+    it was, away from where an attacker may have put it. The idea of Xing et al. 2025, arXiv 2503.03613, in
+    short: theirs takes a weighted mean of fewer, smaller steps, and leaves some images in place.
 
     Its gradient is that of the identity (straight through), by which an attacker sees what lies behind it."""
 
@@ -1062,11 +1072,15 @@ def transfer(args) -> Report:
     opened = [
         Classifier(path, args.device).embed_classes(images.classes, images.templates) for path in args.dirs
     ]
-    loaded = [ZeroShot(args, model, images).load(numbers[args.rank :: args.world])[0] for model in opened]
-    if len({each.x.shape for each in loaded}) > 1:
-        data.fail('transfer: the models see images of different sizes')
-    x, y = loaded[0].x, loaded[0].y
-    noise = [data.generator(args.seed, 'transfer', number) for number in loaded[0].numbers]
+    if len(numbers) < args.world:
+        data.fail(f'--n {args.n}: {len(numbers)} images for {args.world} processes; each needs one at least')
+    loaded, *others = (
+        ZeroShot(args, model, images).load(numbers[args.rank :: args.world])[0] for model in opened
+    )
+    x, y = loaded.x, loaded.y
+    if not all(torch.equal(each.x, x) for each in others):
+        data.fail('transfer: the models see images of different sizes, or resized in different ways')
+    noise = [data.generator(args.seed, 'transfer', number) for number in loaded.numbers]
     start = attacks.random_start(x, eps / 255, noise)
     for of, source in zip(['none', *args.dirs], [None, *opened]):
         found = x
@@ -1439,9 +1453,9 @@ def shards(where: Path | str, templates: Path, note: str, split: str, index_dir:
     def item(number: int) -> tuple[Image.Image, int]:
         name, found = tars.members(number)
         if 'txt' in found and 'cls' not in found:
+            image = tars.image(name, found)
             with contextlib.suppress(data.BadSample):
-                label = data.Prompts(images.classes, []).label(tars.caption(name, found, 0, number))
-                return tars.image(name, found), label
+                return image, data.Prompts(images.classes, []).label(tars.caption(name, found, 0, number))
         if not (label := found.get('cls', b'').strip()).removeprefix(b'-').isdigit():
             had = f'{label[:20]!r} is no class number' if 'cls' in found else 'but no cls'
             data.fail(f'{name}: has {", ".join(found)}, {had}')
@@ -1673,46 +1687,52 @@ def table(rows: list[dict], down: list[str], across: str, cell=lambda r: percent
     return '\n'.join('|' + '|'.join(line) + '|' for line in zip(*printed))
 
 
-METHODS = """vanilla: vanilla CLIP; tecoa: TeCoA; fare: FARE; anchored: anchored; delta: ΔCLIP
-tecoa_tenth: TeCoA, a tenth; fare_tenth: FARE, a tenth; anchored_tenth: anchored, a tenth
-half: half of vanilla CLIP; k1: K = 1; k3: K = 3; eps8: trained at ε = 8; eps20: trained at ε = 20
-no_clean_start: no clean start; half_size: half the resolution first; groups: negatives in groups of 8
-drop: half of the patches"""  # by the names of runs: METHOD.SEED
+METHODS = {
+    'vanilla': 'vanilla CLIP',
+    'tecoa': 'TeCoA',
+    'fare': 'FARE',
+    'anchored': 'anchored',
+    'delta': 'ΔCLIP',
+}
+METHODS |= {f'{key}_tenth': f'{METHODS[key]}, a tenth' for key in ('tecoa', 'fare', 'anchored')}
+METHODS |= {'half': 'half of vanilla CLIP', 'k1': 'K = 1', 'k3': 'K = 3', 'eps8': 'ε = 8', 'eps20': 'ε = 20'}
+METHODS |= {'no_clean_start': 'no clean start', 'half_size': 'half the resolution first'}
+METHODS |= {'groups': 'negatives in groups of 8', 'drop': 'half of the patches'}
 
 
 def tables(args) -> int:
     """What zeroshot, transfer and audit have measured of runs METHOD.SEED, in DIR/*/*.json, as Markdown
 
-    DIR: such as results. For each folder and --subset: accuracy in %, mean ± standard deviation over seeds
-    (of one seed ± its standard error), what the trainings cost, and a digest of the code that trained.
-    Writes DIR/tables.md, DIR/rows.jsonl (each row with command, seed, commit and the training of its model)
-    and, of DIR/ablation, DIR/ablation.png."""
-    methods = dict(part.strip().split(': ') for part in re.split('[;\n]', METHODS))
-    root, order, rows, text = Path(args.dirs[0]), [*methods.values()], [], []
+    DIR: such as results. For each folder, data set, attack and --subset: accuracy in %, mean ± standard
+    deviation over seeds (of one seed ± its standard error), what the trainings cost, and a digest of the code
+    that trained. Writes DIR/tables.md, DIR/rows.jsonl (each row with command, seed, commit and the training
+    of its model) and, of DIR/ablation, DIR/ablation.png."""
+    root, order, rows, text = Path(args.dirs[0]), [*METHODS.values()], [], []
     for file in sorted(root.glob('*/*.json')):
         report = data.read_json(file, str(root))
         kept = {key: report.get(key) for key in ('command', 'commit', 'seed')}
-        for r in report.get('rows', []):
-            name, trained = Path(r['model']).name.rpartition('.')[0], report.get('trained', {}).get(
-                r['model']
-            )
-            if trained and r['measure'] in ('accuracy', 'audit'):
+        for r in report.get('rows', []) if report.get('trained') else []:
+            name, _, seed = Path(r['model']).name.rpartition('.')
+            if r['measure'] in ('accuracy', 'audit') and seed.isdigit() and r['model'] in report['trained']:
                 kind = 'audit' if r['measure'] == 'audit' else 'transfer' if 'source' in r else 'zeroshot'
-                about = {'table': f'{file.parent.name}: {kind}', 'method': methods.get(name, name)}
-                rows.append({**about, **r, **kept, 'trained': trained})
+                about = {'table': f'{file.parent.name}: {kind}', 'method': METHODS.get(name, name)}
+                rows.append({**about, **r, **kept, 'trained': report['trained'][r['model']]})
     rows.sort(key=lambda r: (r['table'], order.index(r['method']) if r['method'] in order else -1, r['eps']))
-    for title, part in dict.fromkeys((r['table'], r.get('subset')) for r in rows):
-        of = [r for r in rows if (r['table'], r.get('subset')) == (title, part)]
-        n, by = min(r['n'] for r in of), ' '.join({r['attack'] for r in of} - {'none'})
-        head = f'## {title}, {Path(of[0]["data"]).name} {of[0]["split"]}, n = {n}, {by}'
-        text.append(head + f', {part} captions' * (part in ('seen', 'held-out')))
+    attack = {(r['table'], r['model']): r['attack'] for r in rows if r['eps']}
+    groups: dict[tuple, list[dict]] = {}
+    for r in rows:
+        by = r['attack'] if r['eps'] else attack.get((r['table'], r['model']), 'none')
+        key = r['table'], Path(r['data']).name, r['split'], r['n'], by, r.get('subset') or 'all'
+        groups.setdefault(key, []).append(r)
+    for (title, *of_what, n, by, part), of in groups.items():
+        text.append(f'## {title}, {" ".join(of_what)}, {part} captions, n = {n}, {by}')
         if title.endswith('zeroshot'):
             text.append(table(over_seeds(of), ['model', 'seeds'], 'column', lambda r: r['value']))
         elif title.endswith('transfer'):
-            of = [{**r, 'attacked': Path(r['source']).name} for r in of]
+            of = [{**r, 'attacked': f'{Path(r["source"]).name}, ε = {r["eps"]:g}'} for r in of]
             text.append(table(of, ['attacked'], 'method'))
         else:
-            of = [{**r, 'model': r['method'] + f', {r["defence"]}' * bool(r['defence'])} for r in of]
+            of = [{**r, 'model': f'{r["method"]} {r["defence"] or ""} ε = {r["eps"]:g}'} for r in of]
             text.append(table(of, ['check'], 'model', lambda r: r['verdict']))
             text += [f'* {r["model"]}: {r["check"]}: {r["figure"]}' for r in of if r['verdict'] == 'FAIL']
     data.write(root / 'rows.jsonl', ''.join(json.dumps(r, ensure_ascii=False) + '\n' for r in rows))
@@ -1727,20 +1747,20 @@ def over_seeds(rows: list[dict]) -> list[dict]:
     """→ [{model, seeds, column, value: what is shown}]"""
     found = []
     for name in dict.fromkeys(r['method'] for r in rows):
-        of_name = [r for r in rows if r['method'] == name]
-        shown = {}
+        of_name, shown = [r for r in rows if r['method'] == name], {}
         for eps in dict.fromkeys(r['eps'] for r in of_name):
-            of = [r for r in of_name if r['eps'] == eps]
-            values = [r['value'] for r in of]
-            error = stdev(values) if len(of) > 1 else of[0]['stderr']
+            of = {r['trained']['seed']: r for r in of_name if r['eps'] == eps}
+            values, errors = zip(*((r['value'], r['stderr']) for r in of.values()))
+            error = stdev(values) if len(of) > 1 else errors[0]
             shown[f'ε = {eps:g}' if eps else 'clean'] = f'{percent(fmean(values))} ± {percent(error)}'
         for key, head, unit in (
             ('passes', 'M passes', 1e6),
             ('flops', 'TFLOP', 1e12),
             ('minutes', 'minutes', 1),
         ):
-            shown[head] = f'{fmean(r["trained"][key] for r in of_name) / unit:.3g}'
-        shown['code'] = ' '.join(sorted({r['trained']['code'] for r in of_name}))
+            costs = [r['trained'][key] for r in of_name]
+            shown[head] = '–' if None in costs else f'{fmean(costs) / unit:.3g}'
+        shown['code'] = ' '.join(dict.fromkeys(' '.join(r['trained']['code'] for r in of_name).split()))
         seeds = ' '.join(map(str, sorted({r['trained']['seed'] for r in of_name})))
         found += [{'model': name, 'seeds': seeds, 'column': key, 'value': shown[key]} for key in shown]
     return found
@@ -1815,7 +1835,7 @@ def keep(report: dict, run: Path, args) -> None:
     """Writes the run's part of the report into RUN/eval/, and all results there into its card's header.
     The same measurement again replaces its file, another one adds one."""
     own = {key: [r for r in report[key] if Path(r['model']) == run] for key in ('rows', 'outcomes')}
-    number = digest(identity(args))
+    number = data.digest(identity(args))
     try:
         (run / 'eval').mkdir(exist_ok=True)
         folder = os.open(run, os.O_RDONLY)
@@ -1833,12 +1853,9 @@ def identity(args) -> list:
     no_settings = 'run dirs data transfer_from index_dir json plot grid quiet batch_size'.split()
     no_settings += 'device rank world kept'.split()
     settings = {key: value for key, value in vars(args).items() if key not in no_settings}
-    used = [*args.data, *(args.dirs + args.transfer_from if args.command == 'audit' else [])]
+    others = {'audit': [args.dirs, getattr(args, 'transfer_from', [])], 'transfer': [args.dirs]}
+    used = sum(others.get(args.command, []), [*args.data])
     return [settings, sorted({os.path.realpath(p) if os.path.exists(p) else p for p in used})]
-
-
-def digest(of) -> str:
-    return hashlib.blake2b(json.dumps(of).encode(), digest_size=3).hexdigest()
 
 
 def write_card(run: Path) -> None:
@@ -1990,6 +2007,10 @@ def wrong_flags(args):
         for eps in (eps for eps in given if not 0.25 <= eps <= 255):
             hint = f'; did you mean {eps * 255:.3g}?' if 0 < eps < 0.25 else ''
             yield f'--{flag} {eps:g}: it is in 1/255, 0.25 … 255; clean is always shown{hint}'
+    if args.command == 'tables' and (len(args.dirs) > 1 or args.json or not Path(args.dirs[0]).is_dir()):
+        yield 'tables takes one DIR, a folder of results that is there, and no --json'
+    if getattr(args, 'defence', '') and args.transfer_from:
+        yield '--defence: with it attacks are transferred from the bare model, not --transfer_from another'
     if args.command in ('audit', 'transfer', 'show') and len(args.eps) != 1:
         yield f'--eps: {args.command} takes one'
     if args.command not in ('zeroshot', 'show', 'tables') and len(args.data) != 1:
@@ -2020,10 +2041,11 @@ def main(args: argparse.Namespace) -> int:
         runs = [p for p in map(Path, args.dirs) if data.settings_of(p) and args.command != 'show']
         say_what_was_trained_on(args, runs)
         updates = {run: data.settings_of(run).get('updates') for run in runs}  # now: it may train meanwhile
+        trained = {str(run): training_of(run) for run in runs if args.rank == 0}
         report = {'command': shlex.join(['python', 'eval.py', *sys.argv[1:]]), 'commit': data.commit()}
         found = args.run(args)
         report |= {'versions': data.versions(), 'device': str(args.device), 'processes': args.world}
-        report['trained'] = {str(run): training for run in runs if (training := training_of(run))}
+        report['trained'] = {run: of for run, of in trained.items() if of}
         report |= dict(seed=args.seed, seconds=time.time() - begin, rows=found.rows, outcomes=found.outcomes)
         if args.rank == 0:
             print(textwrap.fill(found.title, 120, break_on_hyphens=False), flush=True)

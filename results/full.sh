@@ -1,20 +1,21 @@
 #!/bin/bash
 # Does adversarial pre-training beat fine-tuning a clean CLIP? All that results/tables.md shows.
 #
-# A line is one result, skipped where its file is there. To repeat a row, delete its file; a fine-tuning also
-# needs the run that it begins with. Two of this script, each on a core, share the work: a line that is being
-# run is left to the other. Stopped, it goes on where it was. What was chosen on validation images, and how
-# widely was searched: results/README.md.
-cd "$(dirname "$0")/.." && mkdir -p runs results/easyvqa results/ablation results/models results/cifar10
+# A line is one result, skipped where its file is there. To repeat a row delete its file and its run, and those
+# of `half` (or `vanilla`) if it is a fine-tuning. Two of this script, each on a core, share the work: a line
+# that is being run is left to the other. Stopped, or run again, it goes on where it was. What was chosen on
+# validation images, and how widely was searched: results/README.md.
+cd "$(dirname "$0")/.." && mkdir -p runs results/easyvqa results/ablation results/models
 export OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE
-run() { [ -e "$1" ] || flock -n "runs/$(echo "$1" | tr / .).lock" bash -c "$2 --json $1"; }
+run() { [ -e "$1" ] || flock -n "runs/$(basename "$1").lock" bash -c "$2 --json $1"; }
+after() { [ -e "$1" ] && run "${@:2}"; }
 
 # ----------------------------------------------------------------------------------------------- easy-VQA
 # The budget of the default ΔCLIP: 870,000 images through the image tower, counted as passes: forward 1, to
 # the pixels 1, to the weights 1. Half of it is 4533 clean updates; then 1942 of TeCoA (7 passes), 1700 of the
 # others (one more, of the frozen tower). A tenth of the vanilla run is 388 and 340 updates on top of it.
 train="python clip_adv.py --resume --holdout 'red circle,blue triangle,green rectangle,yellow circle'"
-tune="$train --eps_from 0 --eps_to 0 --k_from 0 --lr 3e-3"
+tune="$train --lr 3e-3"
 seen="python eval.py zeroshot --subset seen --n 200"
 held="python eval.py zeroshot --subset held-out --n 100"
 R=runs/easyvqa J=results/easyvqa
@@ -22,15 +23,15 @@ for seed in 0 1 2; do
     run $J/half.$seed.json "$train --eps 0 --steps 4533 --seed $seed --out $R/half.$seed && $seen --attack none $R/half.$seed"
     run $J/vanilla.$seed.json "$train --eps 0 --steps 9067 --seed $seed --out $R/vanilla.$seed && $seen $R/vanilla.$seed"
     run $J/delta.$seed.json "$train --seed $seed --out $R/delta.$seed && $seen $R/delta.$seed"
-    run $J/tecoa.$seed.json "$tune --objective tecoa --init $R/half.$seed --steps 1942 --seed $seed --out $R/tecoa.$seed && $seen $R/tecoa.$seed"
-    run $J/fare.$seed.json "$tune --objective fare --init $R/half.$seed --steps 1700 --seed $seed --out $R/fare.$seed && $seen $R/fare.$seed"
-    run $J/anchored.$seed.json "$tune --anchor 0.2 --init $R/half.$seed --steps 1700 --seed $seed --out $R/anchored.$seed && $seen $R/anchored.$seed"
+    after $J/half.$seed.json $J/tecoa.$seed.json "$tune --objective tecoa --init $R/half.$seed --steps 1942 --seed $seed --out $R/tecoa.$seed && $seen $R/tecoa.$seed"
+    after $J/half.$seed.json $J/fare.$seed.json "$tune --objective fare --init $R/half.$seed --steps 1700 --seed $seed --out $R/fare.$seed && $seen $R/fare.$seed"
+    after $J/half.$seed.json $J/anchored.$seed.json "$tune --anchor 0.2 --init $R/half.$seed --steps 1700 --seed $seed --out $R/anchored.$seed && $seen $R/anchored.$seed"
     for name in vanilla delta tecoa fare anchored; do
-        run $J/$name.$seed.held-out.json "$held $R/$name.$seed"
+        after $J/$name.$seed.json $J/$name.$seed.held-out.json "$held $R/$name.$seed"
     done
-    run $J/tecoa_tenth.$seed.json "$tune --objective tecoa --init $R/vanilla.$seed --steps 388 --seed $seed --out $R/tecoa_tenth.$seed && $seen $R/tecoa_tenth.$seed"
-    run $J/fare_tenth.$seed.json "$tune --objective fare --init $R/vanilla.$seed --steps 340 --seed $seed --out $R/fare_tenth.$seed && $seen $R/fare_tenth.$seed"
-    run $J/anchored_tenth.$seed.json "$tune --anchor 0.2 --init $R/vanilla.$seed --steps 340 --seed $seed --out $R/anchored_tenth.$seed && $seen $R/anchored_tenth.$seed"
+    after $J/vanilla.$seed.json $J/tecoa_tenth.$seed.json "$tune --objective tecoa --init $R/vanilla.$seed --steps 388 --seed $seed --out $R/tecoa_tenth.$seed && $seen $R/tecoa_tenth.$seed"
+    after $J/vanilla.$seed.json $J/fare_tenth.$seed.json "$tune --objective fare --init $R/vanilla.$seed --steps 340 --seed $seed --out $R/fare_tenth.$seed && $seen $R/fare_tenth.$seed"
+    after $J/vanilla.$seed.json $J/anchored_tenth.$seed.json "$tune --anchor 0.2 --init $R/vanilla.$seed --steps 340 --seed $seed --out $R/anchored_tenth.$seed && $seen $R/anchored_tenth.$seed"
 done
 
 # Attacks made on each model against all, and are they what they seem? (audit ends with 1 where a check fails)
@@ -43,7 +44,7 @@ run results/models/defence.json "python eval.py audit $R/vanilla.0 --defence cou
 R=runs/ablation J=results/ablation
 seen="$seen --eps 8"
 for seed in 0 1; do
-    run $J/delta.$seed.json "$seen runs/easyvqa/delta.$seed"
+    after results/easyvqa/delta.$seed.json $J/delta.$seed.json "$seen runs/easyvqa/delta.$seed"
     run $J/k1.$seed.json "$train --k 1 --alpha 17.5 --seed $seed --out $R/k1.$seed && $seen $R/k1.$seed"
     run $J/k3.$seed.json "$train --k 3 --seed $seed --out $R/k3.$seed && $seen $R/k3.$seed"
     run $J/eps8.$seed.json "$train --eps 8 --seed $seed --out $R/eps8.$seed && $seen $R/eps8.$seed"

@@ -3,20 +3,21 @@
 # How it works, and all the others: results/full.sh, which goes on with these runs.
 cd "$(dirname "$0")/.." && mkdir -p runs results/quick
 export OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE
-run() { [ -e "$1" ] || flock -n "runs/$(echo "$1" | tr / .).lock" bash -c "$2 --json $1"; }
+run() { [ -e "$1" ] || flock -n "runs/$(basename "$1").lock" bash -c "$2 --json $1"; }
+after() { [ -e "$1" ] && run "${@:2}"; }
 
 train="python clip_adv.py --resume --holdout 'red circle,blue triangle,green rectangle,yellow circle'"
-tune="$train --eps_from 0 --eps_to 0 --k_from 0 --lr 3e-3 --init runs/easyvqa/half.0"
+tune="$train --lr 3e-3 --init runs/easyvqa/half.0"
 seen="python eval.py zeroshot --subset seen --n 100"
 held="python eval.py zeroshot --subset held-out --n 100"
 R=runs/easyvqa J=results/quick
 run $J/half.0.json "$train --eps 0 --steps 4533 --out $R/half.0 && $seen --attack none $R/half.0"
 run $J/delta.0.json "$train --out $R/delta.0 && $seen $R/delta.0"
 run $J/vanilla.0.json "$train --eps 0 --steps 9067 --out $R/vanilla.0 && $seen $R/vanilla.0"
-run $J/tecoa.0.json "$tune --objective tecoa --steps 1942 --out $R/tecoa.0 && $seen $R/tecoa.0"
-run $J/fare.0.json "$tune --objective fare --steps 1700 --out $R/fare.0 && $seen $R/fare.0"
-run $J/anchored.0.json "$tune --anchor 0.2 --steps 1700 --out $R/anchored.0 && $seen $R/anchored.0"
+after $J/half.0.json $J/tecoa.0.json "$tune --objective tecoa --steps 1942 --out $R/tecoa.0 && $seen $R/tecoa.0"
+after $J/half.0.json $J/fare.0.json "$tune --objective fare --steps 1700 --out $R/fare.0 && $seen $R/fare.0"
+after $J/half.0.json $J/anchored.0.json "$tune --anchor 0.2 --steps 1700 --out $R/anchored.0 && $seen $R/anchored.0"
 for name in vanilla tecoa fare anchored delta; do
-    run $J/$name.0.held-out.json "$held $R/$name.0"
+    after $J/$name.0.json $J/$name.0.held-out.json "$held $R/$name.0"
 done
 python eval.py tables results

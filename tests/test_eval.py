@@ -2,6 +2,7 @@ import io
 import json
 import re
 import shlex
+import shutil
 import sys
 import tarfile
 from pathlib import Path
@@ -120,6 +121,7 @@ def test_result_does_not_depend_on_the_batch_size_or_the_processes(run, tmp_path
         'processes',
         'seed',
         'seconds',
+        'trained',
         'rows',
         'outcomes',
     } == set(a)
@@ -606,7 +608,7 @@ def checks_of(path, how=None, source=None, n=24, eps=2 / 255):
             images.classes, images.templates
         )
 
-    args = SimpleNamespace(seed=0, batch_size=32, queries=150)
+    args = SimpleNamespace(seed=0, batch_size=32, queries=150, defence='')
     model = open_model(path)
     (loaded,) = evaluation.ZeroShot(args, model, images).load(list(range(n)))
     classifier = Masked(model, how) if how else model
@@ -663,7 +665,7 @@ def test_audit_fails_a_defence_by_name(run, tmp_path, capsys):
     arguments = ['audit', run, '--split', 'val', '--n', 40, '--eps', 4, '--queries', 20]
     found = report(*arguments[:1], tmp_path / 'a.json', *arguments[1:], '--defence', 'counterattack')['rows']
     assert len(found) == len(CHECKS) + 1 and {r['defence'] for r in found} == {'counterattack'}
-    (verdict,) = (r for r in found if r['check'] == 'counterattack holds when it is attacked itself')
+    (verdict,) = (r for r in found if r['check'] == 'counterattack helps when it is attacked itself')
     none, static, adaptive = map(float, re.findall(r'([\d.]+) %', verdict['figure']))
     assert verdict['verdict'] == 'FAIL' and static > none + 5 and static > adaptive + 5
     assert {r['check']: r['verdict'] for r in found}['gradient agrees with finite differences'] == 'FAIL'
@@ -709,13 +711,20 @@ def test_what_a_training_cost(run, tmp_path):
     tuned = evaluation.training_of(tmp_path / 'tuned')
     passes = 10 * 32 * (3 * 2 + 3 + 1)  # three steps of the attack, the update, f₀
     assert tuned['passes'] - began['passes'] == passes and tuned['seed'] == 3
-    assert tuned['flops'] - began['flops'] == pytest.approx(
-        began['flops'] / began['passes'] * passes, rel=0.15
-    )
+    image_only = (
+        began['flops'] / began['passes'] * passes
+    )  # a little more: of the text tower, which is not used
+    assert tuned['flops'] - began['flops'] == pytest.approx(image_only, rel=0.05)
     again = data.parse(clip_adv.Config, '', shlex.split(tuned['command'])[2:])[0]
     assert vars(again) == json.loads((tmp_path / 'tuned' / 'train_config.json').read_text())['config']
-    code = json.loads((run / 'train_config.json').read_text())['code']
-    assert set(code) == {'attacks.py', 'clip_adv.py', 'data.py', 'llava_adv.py'}
+    assert len(tuned['code']) == 6 and tuned['code'] == began['code']
+    shutil.copytree(run, tmp_path / 'copy')
+    about = json.loads((run / 'train_config.json').read_text())
+    (tmp_path / 'copy' / 'train_config.json').write_text(json.dumps({**about, 'updates': 40}))
+    assert evaluation.training_of(tmp_path / 'copy')['passes'] == 40 * 32 * 3  # of what was trained
+    config = {**about['config'], 'init': str(tmp_path / 'nowhere')}
+    (tmp_path / 'copy' / 'train_config.json').write_text(json.dumps({**about, 'config': config}))
+    assert evaluation.training_of(tmp_path / 'copy')['passes'] is None  # and not only of the tuning
 
 
 def test_tables_of_results(run, tmp_path, capsys):
@@ -750,8 +759,20 @@ def test_tables_of_results(run, tmp_path, capsys):
     assert [cell.strip() for cell in line.split('|')[2:5]] == ['0 1 2', '60.0 ± 10.0', '60.0 ± 10.0']
     line = next(line for line in text.splitlines() if line.startswith('| TeCoA'))
     assert '50.0 ± 5.0' in line and ' 0.00768 ' in line
+    assert text.count('## easyvqa: zeroshot, easyvqa test, seen captions, n = 100, ensemble') == 1
+    common |= {'n': 50, 'attack': 'apgd', 'eps': 8, 'subset': None, 'stderr': None}
+    check = {'measure': 'audit', 'check': 'deterministic', 'defence': None, 'figure': 'by 1'}
+    rows = [{**common, 'model': 'runs/x/delta.0', 'source': 'runs/x/fare.0', 'value': 0.25}]
+    rows += [{**common, **check, 'model': 'runs/x/delta.0', 'verdict': 'FAIL', 'value': 0.0}]
+    rows += [{**common, 'model': 'runs/clip', 'value': 0.9}]  # no METHOD.SEED
+    (tmp_path / 'models').mkdir()
+    made['trained'] = dict.fromkeys(('runs/x/delta.0', 'runs/clip'), evaluation.training_of(run))
+    (tmp_path / 'models' / 'a.json').write_text(json.dumps({**made, 'rows': rows}))
+    assert evaluate('tables', tmp_path) == 0
+    text = (tmp_path / 'tables.md').read_text()
+    assert '| fare.0, ε = 8 ' in text and ' 25.0 |' in text and '* ΔCLIP  ε = 8: deterministic: by 1' in text
     rows = [json.loads(line) for line in (tmp_path / 'rows.jsonl').read_text().splitlines()]
-    assert len(rows) == 16 and all({'command', 'commit', 'seed', 'trained'} <= set(r) for r in rows)
+    assert len(rows) == 18 and all({'command', 'commit', 'seed', 'trained'} <= set(r) for r in rows)
     assert all(r['trained']['code'] and r['trained']['commit'] and r['trained']['command'] for r in rows)
     assert (tmp_path / 'ablation.png').stat().st_size > 1000
 

@@ -67,7 +67,7 @@ def test_losses_and_input_gradients_equal_those_by_hand(vanilla, name):
     text = torch.randn(6, 16, generator=g, dtype=x.dtype)  # captions; or the classes
     labels, scale = torch.tensor([3, 0, 0, 5, 1, 2]), torch.tensor(2.0, dtype=x.dtype)
     unit = normalize(text, dim=-1)
-    given = clip_adv.Given(unit, scale, original.visual(x).detach(), unit, labels)
+    given = clip_adv.Against(unit, scale, original.visual(x).detach(), unit, labels)
     cfg = clip_adv.Config(batch_size=6, **ALL[name])
     ours = clip_adv.objective(cfg, model.visual(x_adv), given)
     theirs = by_hand(name, model.visual(x_adv), given.clean, text, labels, scale)
@@ -119,15 +119,15 @@ def test_only_the_image_tower_is_tuned(vanilla, tmp_path, name):
         assert torch.equal(w, after[key]) != key.startswith('visual.'), key
 
 
-SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ('tecoa', 'anchor')]
-
-
-@pytest.mark.parametrize('name', ['fare', *SLOW])
+@pytest.mark.slow
+@pytest.mark.parametrize('name', [*ALL, 'cheap'])
 def test_two_processes_tune_as_one(vanilla, tmp_path, name):
-    """The whole step: attacked images to the bit, gradients to 1e-5."""
-    settings = dict(TUNED, **ALL[name], init=vanilla, steps=1, grad_clip=1e9)
+    """The whole step, there in parts: attacked images to the bit, gradients to 1e-5."""
+    how = dict(TINY, negatives=2, drop=0.5) if name == 'cheap' else dict(TUNED, **ALL[name], init=vanilla)
+    settings = dict(how, steps=1, grad_clip=1e9)
     execute([sys.executable, str(ONE_STEP), str(tmp_path / 'one'), *flags(**settings, out=tmp_path / 'r1')])
-    execute(torchrun(2, ONE_STEP, str(tmp_path / 'two'), *flags(**settings, out=tmp_path / 'r2')))
+    settings |= dict(micro_batch=2, out=tmp_path / 'r2')
+    execute(torchrun(2, ONE_STEP, str(tmp_path / 'two'), *flags(**settings)))
     one, *two = (torch.load(tmp_path / f, weights_only=True) for f in ('one.0', 'two.0', 'two.1'))
     assert torch.equal(torch.cat([r['seen'][0][2] for r in two]), one['seen'][0][2])
     for rank in two:
@@ -135,6 +135,7 @@ def test_two_processes_tune_as_one(vanilla, tmp_path, name):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5 * one['updates'][0][0].abs().max().item())
 
 
+@pytest.mark.slow
 def test_a_resumed_fine_tuning_is_held_to_the_original(vanilla, tmp_path):
     """f₀ is the tower of --init, and not what the run had made of it by then."""
     settings = dict(TUNED, objective='fare', init=vanilla)
@@ -169,18 +170,19 @@ def test_the_cheaper_attacks_are_attacks(vanilla, tmp_path, monkeypatch):
         (dict(anchor=1), '--anchor 1.*give its --init'),
         (dict(objective='fare', anchor=1, init='.'), '--objective fare: --anchor is for clip'),
         (dict(objective='tecoa', init='.', data='0.tar'), 'give --classes'),
+        (dict(objective='fare', init='.', eps=0), '--eps 0.*nothing to learn'),
+        (dict(anchor=1, init='.', eps_to=0.2), '--eps_to 0.2: without an attack'),
         (dict(negatives=3), '--negatives 3: must divide the 8 images'),
         (dict(negatives=1), '--negatives 1: not negative, and not 1'),
         (dict(drop=1), '--drop 1'),
         (dict(crop=0), '--crop 0'),
         (dict(flip=True), '--flip are for photos'),
-        (dict(classes='nowhere', data='nowhere'), 'nowhere'),
     ],
 )
 def test_bad_settings(tmp_path, settings, message):
     base = TUNED if 'init' in settings else TINY
     with pytest.raises(SystemExit, match=message):
-        train(**base, **settings, out=tmp_path / 'run')
+        train(**{**base, **settings}, out=tmp_path / 'run')
 
 
 # ---------------------------------------------------------------------------------------- captions of classes
@@ -194,6 +196,15 @@ def test_captions_of_classes():
     drawn = [prompts.caption('a photo of a cat', 0, number) for number in range(50)]
     assert set(drawn) == {'a cat.', 'the cat'}
     assert drawn == [prompts.caption('a photo of a cat', 0, number) for number in range(50)]
+
+
+def test_class_files_that_are_not_there(tmp_path):
+    with pytest.raises(SystemExit, match='--classes.*classnames.txt'):
+        data.load_prompts(str(tmp_path))
+    (tmp_path / 'classnames.txt').write_text('cat\ndog\n')
+    (tmp_path / 'zeroshot_classification_templates.txt').write_text('a photo\n')
+    with pytest.raises(SystemExit, match="the template 'a photo' has no {c}"):
+        data.load_prompts(str(tmp_path))
 
 
 def test_photos_of_classes_from_a_folder(tmp_path):

@@ -26,6 +26,7 @@ for seed in 0 1 2; do
     after $J/half.$seed.json $J/tecoa.$seed.json "$tune --objective tecoa --init $R/half.$seed --steps 1942 --seed $seed --out $R/tecoa.$seed && $seen $R/tecoa.$seed"
     after $J/half.$seed.json $J/fare.$seed.json "$tune --objective fare --init $R/half.$seed --steps 1700 --seed $seed --out $R/fare.$seed && $seen $R/fare.$seed"
     after $J/half.$seed.json $J/anchored.$seed.json "$tune --anchor 0.2 --init $R/half.$seed --steps 1700 --seed $seed --out $R/anchored.$seed && $seen $R/anchored.$seed"
+    after $J/half.$seed.json $J/half.$seed.held-out.json "$held --attack none $R/half.$seed"
     for name in vanilla delta tecoa fare anchored; do
         after $J/$name.$seed.json $J/$name.$seed.held-out.json "$held $R/$name.$seed"
     done

@@ -21,10 +21,20 @@ def test_tables_are_what_was_measured():
     lines = [line for line in (ROOT / 'README.md').read_text().splitlines() if '](results/' in line]
     cells = [[cell.strip() for cell in line.strip('|').split('|')] for line in lines]
     cells = {re.search(r'\]\(results/(\w+)\)', row[0])[1]: row[1:] for row in cells if len(row) > 5}
-    for model in ('clip', 'clip_adv', 'clip_holdout', 'clip_adv_holdout'):
-        file, first = ('held-out', 0) if 'holdout' in model else ('test', 1)
-        found = measured(f'zeroshot_{file}.json', 'accuracy', model=f'runs/{model}')
-        assert found == cells[model][first:-1]
+    for model in ('clip', 'clip_adv'):
+        assert measured('zeroshot_test.json', 'accuracy', model=f'runs/{model}') == cells[model][1:-1]
+    names = {'vanilla CLIP': 'vanilla', 'TeCoA': 'tecoa', 'FARE': 'fare', 'ΔCLIP': 'delta'}
+    text = (ROOT / 'README.md').read_text()
+    for line in re.search(r'left out: clean.*\n.*\n((?:\|.*\n)+)', text)[1].splitlines():
+        name, *found = (cell.strip() for cell in line.strip('|').split('|'))
+        seen, held = (
+            measured(f'easyvqa/{names.get(name, "anchored")}.0{part}.json', 'accuracy')
+            for part in ('', '.held-out')
+        )
+        assert found == [*seen, held[0], held[2], held[3]], name
+    (figure,) = (r['figure'] for r in rows('models/defence.json') if r['check'].startswith('counterattack'))
+    shares = re.findall(r'([\d.]+) %', figure)
+    assert f'| {" | ".join(shares)} |' in text
     for model in ('llava_adv_llm', 'llava', 'llava_single', 'llava_tuned', 'llava_adv'):
         what, yes_no, cider, facts, forced = cells[model]
         own = {'model': rows(f'{model}/what.json')[0]['model']}

@@ -30,9 +30,9 @@ for seed in 0 1 2; do
     for name in vanilla delta tecoa fare anchored; do
         after $J/$name.$seed.json $J/$name.$seed.held-out.json "$held $R/$name.$seed"
     done
-    after $J/vanilla.$seed.json $J/tecoa_tenth.$seed.json "$tune --objective tecoa --init $R/vanilla.$seed --steps 388 --seed $seed --out $R/tecoa_tenth.$seed && $seen $R/tecoa_tenth.$seed"
-    after $J/vanilla.$seed.json $J/fare_tenth.$seed.json "$tune --objective fare --init $R/vanilla.$seed --steps 340 --seed $seed --out $R/fare_tenth.$seed && $seen $R/fare_tenth.$seed"
-    after $J/vanilla.$seed.json $J/anchored_tenth.$seed.json "$tune --anchor 0.2 --init $R/vanilla.$seed --steps 340 --seed $seed --out $R/anchored_tenth.$seed && $seen $R/anchored_tenth.$seed"
+    after $J/vanilla.$seed.json $J/tecoa_tenth.$seed.json "$tune --lr 1e-3 --objective tecoa --init $R/vanilla.$seed --steps 388 --seed $seed --out $R/tecoa_tenth.$seed && $seen $R/tecoa_tenth.$seed"
+    after $J/vanilla.$seed.json $J/fare_tenth.$seed.json "$tune --lr 1e-3 --objective fare --init $R/vanilla.$seed --steps 340 --seed $seed --out $R/fare_tenth.$seed && $seen $R/fare_tenth.$seed"
+    after $J/vanilla.$seed.json $J/anchored_tenth.$seed.json "$tune --lr 1e-3 --anchor 0.2 --init $R/vanilla.$seed --steps 340 --seed $seed --out $R/anchored_tenth.$seed && $seen $R/anchored_tenth.$seed"
 done
 
 # Attacks made on each model against all, and are they what they seem? (audit ends with 1 where a check fails)

@@ -59,7 +59,7 @@ class Config:
     seed: int = 0  # of weights, order, augmentation and δ₀
     # the prior art: tunes the image tower of --init, under the whole attack from the first update on
     objective: Literal['clip', 'tecoa', 'fare'] = 'clip'  # the loss, of the attack and of the update
-    anchor: float = 0.0  # λ: clip + λ·‖f(x+δ) − f₀(x)‖, of unit vectors; f₀ is the tower of --init
+    anchor: float = 0.0  # λ: clip + λ·‖f(x+δ) − f₀(x)‖ of unit vectors; f₀: the tower of --init
     # attack
     eps: float = 14.0  # radius ε of the l∞ ball, in 1/255; 0 trains a vanilla CLIP
     alpha: float | None = None  # step size α, in 1/255; default 0.75 ε (the paper's 3 for ε = 4)
@@ -340,13 +340,13 @@ def tecoa(image: Tensor, classes: Tensor, labels: Tensor, n: int) -> Tensor:
 
 
 def fare(image: Tensor, original: Tensor, n: int) -> Tensor:
-    """‖f(x+δ) − f₀(x)‖², mean of the global batch of n images.   Schlarmann et al., arXiv 2402.12336
+    """‖f(x+δ) − f₀(x)‖², mean of the n images of all ranks.   Schlarmann et al., arXiv 2402.12336
     image, original: [b, D], this rank's, not normalised"""
     return sum_of_ranks((image - original).square().sum()) / n
 
 
 def distance(image: Tensor, original: Tensor, n: int) -> Tensor:
-    """‖f(x+δ) − f₀(x)‖ of unit vectors, mean of the global batch of n images.   Xing et al., arXiv 2604.11576
+    """‖f(x+δ) − f₀(x)‖ of unit vectors, mean of all ranks' n images.   Xing et al., arXiv 2604.11576
     (whose own is to f₀(x+δ) and to f(x); to f₀(x) it needs one more forward pass and no gradient)"""
     return sum_of_ranks((image - F.normalize(original, dim=-1)).norm(dim=-1).sum()) / n
 
@@ -505,7 +505,7 @@ def main(cfg: Config, given: set[str]) -> None:
     amp = torch.autocast(device.type, torch.bfloat16, enabled=device.type == 'cuda')
     if cfg.objective == 'tecoa':
         with amp:
-            classes, label_of = embed_classes(model, tokenizer, prompts or pairs.texts(), device)
+            classes, label_of = embed_classes(model, tokenizer, prompts or pairs.texts())
 
     # -------------------------------------------------------------------------------------- the training loop
     for step, (images, tokens, _) in enumerate(run.read(bar), first_step):
@@ -532,7 +532,7 @@ def main(cfg: Config, given: set[str]) -> None:
                 image = tower(images, cfg.micro_batch, unit=False, kept=kept)
             return objective(cfg, image, against, groups)
 
-        which_tokens = data.generator(cfg.seed, 'tokens', step)
+        which_tokens = data.generator(cfg.seed, 'tokens', step) if cfg.drop else None
 
         def loss_to_climb(images: Tensor, g=which_tokens, loss_of=loss_of) -> Tensor:
             """loss_of; or what is cheaper: in groups, of a part of the tokens, drawn anew at each step"""
@@ -764,17 +764,27 @@ def settings_of_model(cfg: Config, given: set[str], known=None) -> tuple[ClipCfg
     return from_open_clip({'model_cfg': model_cfg, 'preprocess_cfg': preprocess}, cfg.init or 'the model')
 
 
-def embed_classes(model: CLIP, tokenizer: data.Tokenizer, of: data.Prompts | list[str], device):
-    """of: prompts; or captions, of which each that differs is a class → (unit vectors [C, D]: of a class the
-    mean of its templates; {token ids of a prompt: its class})"""
+def embed_classes(model: CLIP, tokenizer: data.Tokenizer, of: data.Prompts | list[str]):
+    """of: prompts; or captions, of which each that differs is a class → (unit vectors [C, D] of the classes,
+    {token ids of a prompt: its class})"""
     prompts = of if isinstance(of, data.Prompts) else data.Prompts(sorted(set(of)), ['{c}'])
     tokens, n = tokenizer(prompts.texts()), len(prompts.templates)
     label_of = {tuple(row): i // n for i, row in enumerate(tokens.tolist())}
     if len(label_of) < len(tokens):
         data.fail(f'two prompts of classes have equal tokens: is --context {tokenizer.context} too short?')
-    with torch.no_grad():
-        of_class = torch.cat([model.encode_text(part.to(device)) for part in tokens.split(256)])
-    return F.normalize(of_class.unflatten(0, (-1, n)).mean(1), dim=-1), label_of
+    return class_directions(embed_texts(model, tokenizer, prompts.texts()), n), label_of
+
+
+@torch.no_grad()
+def embed_texts(model: CLIP, tokenizer: data.Tokenizer, texts: list[str]) -> Tensor:
+    """Of any number of texts → unit vectors [texts, D]"""
+    parts, device = (texts[i : i + 256] for i in range(0, len(texts), 256)), model.logit_scale.device
+    return torch.cat([model.encode_text(tokenizer(part).to(device)) for part in parts])
+
+
+def class_directions(of_prompt: Tensor, n: int) -> Tensor:
+    """A class is the direction of the mean of its n prompts, a template ensemble.   [C·n, D] → [C, D]"""
+    return F.normalize(of_prompt.unflatten(0, (-1, n)).mean(1), dim=-1)
 
 
 def with_tokenizer(text_cfg: TextCfg, tokenizer: data.Tokenizer) -> TextCfg:

@@ -101,6 +101,11 @@ def read_text(file: Path, what: str) -> str:
         return file.read_text(encoding='utf-8-sig')
 
 
+def read_lines(file: Path, what: str) -> list[str]:
+    """Empty lines at the end do not count; others do: a published list has a class without a name."""
+    return [line.strip() for line in read_text(file, what).rstrip().split('\n')]
+
+
 def read_json(path: Path, what: str) -> dict:
     """The content of a JSON file.   what: the flag or the directory that named it, for errors"""
     with reading(f'{what}: cannot read {path}', 'a JSON object'):
@@ -266,7 +271,7 @@ class Prompts(typing.NamedTuple):
 def load_prompts(place: str) -> Prompts:
     """Of a folder with CLIP_benchmark's classnames.txt and zeroshot_classification_templates.txt"""
     files = (Path(place, name) for name in ('classnames.txt', 'zeroshot_classification_templates.txt'))
-    names, templates = ([t.strip() for t in read_text(f, '--classes').rstrip().split('\n')] for f in files)
+    names, templates = (read_lines(file, '--classes') for file in files)
     if wrong := [template for template in templates if '{c}' not in template]:
         fail(f'--classes {place}: the template {wrong[0]!r} has no {{c}}, where the class name goes')
     return Prompts(names, templates)

@@ -260,14 +260,11 @@ class Classifier:
 
     def embed_texts(self, texts: list[str]) -> Tensor:
         """→ unit vectors [texts, D]"""
-        tokens = (self.tokenizer(part).to(self.device) for part in chunks(texts, 256))
-        return finite(torch.cat([self.model.encode_text(part) for part in tokens]), self.path)
+        return finite(clip_adv.embed_texts(self.model, self.tokenizer, texts), self.path)
 
     def embed_classes(self, classes: list[str], templates: list[str]) -> 'Classifier':
-        """A class is the direction of the mean of its prompts (a template ensemble)."""
-        prompts = [template.replace('{c}', name) for name in classes for template in templates]
-        of_class = self.embed_texts(prompts).split(len(templates))
-        self.text = F.normalize(torch.stack([vectors.mean(0) for vectors in of_class]), dim=-1)
+        of_prompt = self.embed_texts(data.Prompts(classes, templates).texts())
+        self.text = clip_adv.class_directions(of_prompt, len(templates))
         return self
 
     def embed(self, x: Tensor) -> Tensor:
@@ -880,18 +877,24 @@ def targeted(args, images: list['Question']) -> Report:
 
 
 # ====================================================================================================== audit
+def share(args, numbers: list[int]) -> list[int]:
+    """This process's, of which there must be some: where all wait for each other's."""
+    if len(numbers) < args.world:
+        data.fail(f'--n {args.n}: {len(numbers)} images for {args.world} processes; each needs one at least')
+    return numbers[args.rank :: args.world]
+
+
 def audit(args) -> Report:
     """Is it robust, or are gradients masked? Exit code 1 if a check fails. DIR, --data: as for zeroshot."""
     images, eps, rows = load_set(args.data[0], args), args.eps[0], []
     numbers = sample(images.n, args.data[0], args)
-    if len(numbers) < args.world:
-        data.fail(f'--n {args.n}: {len(numbers)} images for {args.world} processes; each needs one at least')
+    mine = share(args, numbers)
     for path in args.dirs:
         here = os.path.realpath(path)  # no attack is transferred from a model to itself
         others = [p for p in [*args.dirs, *args.transfer_from] if os.path.realpath(p) != here]
         opened = (Classifier(p, args.device, args.native) for p in [path, *others[:1]])
         model, *source = (each.embed_classes(images.classes, images.templates) for each in opened)
-        loaded = ZeroShot(args, model, images).load(numbers[args.rank :: args.world])
+        loaded = ZeroShot(args, model, images).load(mine)
         if len(loaded) > 1:
             data.fail('--native: audit needs images of one size')
         if args.defence:
@@ -958,9 +961,9 @@ class Audit:
         fgsm = self.share(correct & self.correct(single, y))
         yield 'many steps not weaker than one', many <= fgsm + slack, f'APGD {p(many)}, FGSM {p(fgsm)} %'
 
-        how = {'noise': lambda restart, row: self.noise(f'ensemble {restart}', row), **self.how}
-        found = attacks.ensemble(self.classifier, x, y, eps, iterations=self.iterations, **how)
-        white, ensemble = self.share(~found.done), how
+        noises = {'noise': lambda restart, row: self.noise(f'ensemble {restart}', row), **self.how}
+        found = attacks.ensemble(self.classifier, x, y, eps, iterations=self.iterations, **noises)
+        white = self.share(~found.done)
         noisy = self.share(correct & self.correct(self.starts(eps, 'noise'), y))
         yield 'random noise hurts less', white <= noisy + slack, f'ensemble {p(white)}, noise {p(noisy)} %'
         rows, how = correct.nonzero()[:, 0], {'queries': self.args.queries, **self.how}
@@ -977,7 +980,7 @@ class Audit:
         yield 'transfer not stronger than white box', holds, figure
 
         if self.args.defence:  # around the source
-            bare = attacks.ensemble(self.source, x, y, eps, iterations=self.iterations, **ensemble)
+            bare = attacks.ensemble(self.source, x, y, eps, iterations=self.iterations, **noises)
             none, static = self.share(~bare.done), self.share(self.correct(bare.images, y))
             figure = f'ensemble on the bare model: {p(none)} % without it, {p(static)} % with it afterwards; '
             figure += f'through it: {p(white)} %'
@@ -1051,8 +1054,11 @@ def counterattack(classifier: Classifier, eps: float = 4 / 255, steps: int = 4):
         start = (x.detach() + (2 * noise - 1) * eps).clamp(0, 1)  # the same for each image, and each time
         with torch.enable_grad():
             here = classifier.embed(x).detach()
-            far = lambda z: (classifier.embed(z) - here).square().sum()  # noqa: E731
-            away = attacks.pgd(far, x.detach(), eps, eps, steps, start)
+
+            def distance(z: Tensor) -> Tensor:
+                return (classifier.embed(z) - here).square().sum()
+
+            away = attacks.pgd(distance, x.detach(), eps, eps, steps, start)
         return classifier(x + (away - x).detach())
 
     return defended
@@ -1072,11 +1078,8 @@ def transfer(args) -> Report:
     opened = [
         Classifier(path, args.device).embed_classes(images.classes, images.templates) for path in args.dirs
     ]
-    if len(numbers) < args.world:
-        data.fail(f'--n {args.n}: {len(numbers)} images for {args.world} processes; each needs one at least')
-    loaded, *others = (
-        ZeroShot(args, model, images).load(numbers[args.rank :: args.world])[0] for model in opened
-    )
+    mine = share(args, numbers)
+    loaded, *others = (ZeroShot(args, model, images).load(mine)[0] for model in opened)
     x, y = loaded.x, loaded.y
     if not all(torch.equal(each.x, x) for each in others):
         data.fail('transfer: the models see images of different sizes, or resized in different ways')
@@ -1400,13 +1403,13 @@ def class_set(
         known = "'easyvqa', or a class of torchvision.datasets such as CIFAR10 (upper and lower case matter)"
         data.fail(f'--data {name}: no such folder, and no name that is known: {known}')
     if file:
-        names = read_lines(Path(file), f'--data {name}: no class names ({NAMES})')
+        names = data.read_lines(Path(file), f'--data {name}: no class names ({NAMES})')
         if len(names) != len(found.classes or names):  # of shards nothing is known before they are read
             data.fail(f'{file} has {len(names)} lines; {found.note} has {len(found.classes)} classes')
         found.classes, whose = names, f'--classnames {file}' if classnames else 'its classnames.txt'
     if templates:
         flag = f'--templates (also: {", ".join(TEMPLATES)})'
-        found.templates = TEMPLATES.get(templates) or read_lines(Path(templates), flag)
+        found.templates = TEMPLATES.get(templates) or data.read_lines(Path(templates), flag)
     if wrong := [template for template in found.templates if '{c}' not in template]:
         data.fail(f'{found.note}: the template {wrong[0]!r} has no {{c}}, where the class name goes')
     if len(found.classes) < 2:
@@ -1418,11 +1421,6 @@ def class_set(
     found.note += f' (class names: {whose}; templates: {by}, as {first!r})'
     found.note += f'; empty or equal names, of which the first wins: {odd}' if odd else ''
     return found
-
-
-def read_lines(file: Path, what: str) -> list[str]:
-    """Empty lines at the end do not count; others do: a published list has a class without a name."""
-    return [line.strip() for line in data.read_text(file, what).rstrip().split('\n')]
 
 
 def captions_as_classes(name: str, split: str, caption_key: str) -> ClassSet:
@@ -1461,7 +1459,7 @@ def shards(where: Path | str, templates: Path, note: str, split: str, index_dir:
             data.fail(f'{name}: has {", ".join(found)}, {had}')
         return tars.image(name, found), int(label)
 
-    used = read_lines(templates, 'templates') if templates.is_file() else TEMPLATES['imagenet']
+    used = data.read_lines(templates, 'templates') if templates.is_file() else TEMPLATES['imagenet']
     images = ClassSet(len(tars), item, [], used, note, split)
     return images
 
@@ -1680,7 +1678,8 @@ def table(rows: list[dict], down: list[str], across: str, cell=lambda r: percent
         names = [f'{v:g}' if isinstance(v, float) else f'{v}' for v in key]
         cells.append(names + [of.get(c, '–') for c in columns])
     for name, *column in zip(*cells):
-        width, numbers = max(map(len, [name, *column])), all(re.fullmatch(r'[\d.± ]+|–', c) for c in column)
+        width = max(map(len, [name, *column]))
+        numbers = all(re.fullmatch('[0-9.± ]+|–', cell) for cell in column)
         side, rule = '>' if numbers else '<', '-' * (width + 1) + (':' if numbers else '-')
         first, *others = (f' {cell:{side}{width}} ' for cell in [name, *column])
         printed.append([first, rule, *others])
@@ -1695,8 +1694,8 @@ METHODS = {
     'delta': 'ΔCLIP',
 }
 METHODS |= {f'{key}_tenth': f'{METHODS[key]}, a tenth' for key in ('tecoa', 'fare', 'anchored')}
-METHODS |= {'half': 'half of vanilla CLIP', 'k1': 'K = 1', 'k3': 'K = 3', 'eps8': 'ε = 8', 'eps20': 'ε = 20'}
-METHODS |= {'no_clean_start': 'no clean start', 'half_size': 'half the resolution first'}
+METHODS |= {'half': 'half of vanilla CLIP', 'k1': 'K = 1', 'k3': 'K = 3', 'eps8': 'ε = 8'}
+METHODS |= {'eps20': 'ε = 20', 'no_clean_start': 'no clean start', 'half_size': 'half the resolution first'}
 METHODS |= {'groups': 'negatives in groups of 8', 'drop': 'half of the patches'}
 
 
@@ -1704,9 +1703,9 @@ def tables(args) -> int:
     """What zeroshot, transfer and audit have measured of runs METHOD.SEED, in DIR/*/*.json, as Markdown
 
     DIR: such as results. For each folder, data set, attack and --subset: accuracy in %, mean ± standard
-    deviation over seeds (of one seed ± its standard error), what the trainings cost, and a digest of the code
-    that trained. Writes DIR/tables.md, DIR/rows.jsonl (each row with command, seed, commit and the training
-    of its model) and, of DIR/ablation, DIR/ablation.png."""
+    deviation over seeds (of one seed ± its standard error), what the trainings cost, and a digest of the
+    code that trained. Writes DIR/tables.md, DIR/rows.jsonl (each row with command, seed, commit and the
+    training of its model) and, of DIR/ablation, DIR/ablation.png."""
     root, order, rows, text = Path(args.dirs[0]), [*METHODS.values()], [], []
     for file in sorted(root.glob('*/*.json')):
         report = data.read_json(file, str(root))
@@ -1775,7 +1774,7 @@ def against_flops(file: Path, rows: list[dict]) -> None:
     for name in dict.fromkeys(r['method'] for r in rows):
         of = [r for r in rows if r['method'] == name]
         axes.plot([r['trained']['flops'] / 1e12 for r in of], [100 * r['value'] for r in of], 'o', label=name)
-    axes.set(xlabel='FLOPs of the training, in 10¹²', ylabel=f'accuracy in % at ε = {rows[0]["eps"]:g}/255')
+    axes.set(xlabel='TFLOP of the training', ylabel=f'accuracy in % at ε = {rows[0]["eps"]:g}/255')
     axes.legend(fontsize=8)
     axes.grid(alpha=0.3)
     data.write(file, partial(figure.savefig, dpi=150, format='png'))
@@ -1974,7 +1973,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         c.set_defaults(run=run, native=False, attack='', eps=[], data=[])
         few = ['ensemble', 'none'] if llava else ['ensemble'] if run is audit else list(ATTACKS)
         more = {'batch_size': 128} if torch.cuda.is_available() and not llava else {}
-        for flag, default in {**EVERY, **more, **defaults}.items():
+        for flag, default in ({**EVERY, **more, **defaults} if run is not tables else defaults).items():
             first = default[0] if isinstance(default, list) and default else default
             shown = [] if default in (None, '') or default is False else default
             shown = ' '.join(map(str, shown if isinstance(shown, list) else [shown]))
@@ -2007,8 +2006,8 @@ def wrong_flags(args):
         for eps in (eps for eps in given if not 0.25 <= eps <= 255):
             hint = f'; did you mean {eps * 255:.3g}?' if 0 < eps < 0.25 else ''
             yield f'--{flag} {eps:g}: it is in 1/255, 0.25 … 255; clean is always shown{hint}'
-    if args.command == 'tables' and (len(args.dirs) > 1 or args.json or not Path(args.dirs[0]).is_dir()):
-        yield 'tables takes one DIR, a folder of results that is there, and no --json'
+    if args.command == 'tables' and (len(args.dirs) > 1 or not Path(args.dirs[0]).is_dir()):
+        yield 'tables takes one DIR, a folder of results that is there'
     if getattr(args, 'defence', '') and args.transfer_from:
         yield '--defence: with it attacks are transferred from the bare model, not --transfer_from another'
     if args.command in ('audit', 'transfer', 'show') and len(args.eps) != 1:

@@ -5,19 +5,13 @@
 # of `half` (or `vanilla`) if it is a fine-tuning. Two of this script, each on a core, share the work: a line
 # that is being run is left to the other. Stopped, or run again, it goes on where it was. What was chosen on
 # validation images, and how widely was searched: results/README.md.
-cd "$(dirname "$0")/.." && mkdir -p runs results/easyvqa results/ablation results/models
-export OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE
-run() { [ -e "$1" ] || flock -n "runs/$(basename "$1").lock" bash -c "$2 --json $1"; }
-after() { [ -e "$1" ] && run "${@:2}"; }
+cd "$(dirname "$0")/.." && . results/common.sh
 
 # ----------------------------------------------------------------------------------------------- easy-VQA
 # The budget of the default ΔCLIP: 870,000 images through the image tower, counted as passes: forward 1, to
 # the pixels 1, to the weights 1. Half of it is 4533 clean updates; then 1942 of TeCoA (7 passes), 1700 of the
 # others (one more, of the frozen tower). A tenth of the vanilla run is 388 and 340 updates on top of it.
-train="python clip_adv.py --resume --holdout 'red circle,blue triangle,green rectangle,yellow circle'"
-tune="$train --lr 3e-3"
-seen="python eval.py zeroshot --subset seen --n 200"
-held="python eval.py zeroshot --subset held-out --n 100"
+seen="$seen --n 200"
 R=runs/easyvqa J=results/easyvqa
 for seed in 0 1 2; do
     run $J/half.$seed.json "$train --eps 0 --steps 4533 --seed $seed --out $R/half.$seed && $seen --attack none $R/half.$seed"

@@ -1,15 +1,10 @@
 #!/bin/bash
 # Does adversarial pre-training beat fine-tuning a clean CLIP? The first table, of one seed and 100 images.
 # How it works, and all the others: results/full.sh, which goes on with these runs.
-cd "$(dirname "$0")/.." && mkdir -p runs results/quick
-export OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE
-run() { [ -e "$1" ] || flock -n "runs/$(basename "$1").lock" bash -c "$2 --json $1"; }
-after() { [ -e "$1" ] && run "${@:2}"; }
+cd "$(dirname "$0")/.." && . results/common.sh
 
-train="python clip_adv.py --resume --holdout 'red circle,blue triangle,green rectangle,yellow circle'"
-tune="$train --lr 3e-3 --init runs/easyvqa/half.0"
-seen="python eval.py zeroshot --subset seen --n 100"
-held="python eval.py zeroshot --subset held-out --n 100"
+tune="$tune --init runs/easyvqa/half.0"
+seen="$seen --n 100"
 R=runs/easyvqa J=results/quick
 run $J/half.0.json "$train --eps 0 --steps 4533 --out $R/half.0 && $seen --attack none $R/half.0"
 run $J/delta.0.json "$train --out $R/delta.0 && $seen $R/delta.0"

@@ -78,7 +78,7 @@ def test_losses_and_input_gradients_equal_those_by_hand(vanilla, name):
 
 
 def test_fare_by_a_closed_form():
-    """A linear tower f = 2x + 1 that began as f₀ = 2x: ‖2δ + 1‖², and 4 (2δ + 1) / n its gradient."""
+    """A linear tower f = 2x + 1 that began as f₀ = 2x: ‖2δ + 1‖², gradient 4 (2δ + 1) / n."""
     x, delta = torch.rand(2, 5, 8, generator=torch.Generator().manual_seed(0))
     delta.requires_grad_()
     loss = clip_adv.fare(2 * (x + delta) + 1, 2 * x, 5)

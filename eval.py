@@ -188,7 +188,10 @@ def training_of(run: Path) -> dict:
     if 'objective' not in about.get('config', {}):  # of stage 2, or from before there was a choice
         return {}
     cfg, flags = clip_adv.Config(**about['config']), []
-    for key, default in vars(clip_adv.Config(alpha=0.75 * cfg.eps)).items():
+    usual = replace(cfg, alpha=None)
+    for of in (cfg, usual):
+        clip_adv.check_attack(of)  # fills in α
+    for key, default in vars(clip_adv.Config(alpha=usual.alpha)).items():
         if (value := getattr(cfg, key)) != default and key != 'resume':
             flags += (
                 [f'--{key}', str(value)] if not isinstance(value, bool) else [f'--{"no-" * (not value)}{key}']

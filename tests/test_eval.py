@@ -662,7 +662,7 @@ def test_audit_command(run, tmp_path, capsys, monkeypatch):
 
 def test_audit_fails_a_defence_by_name(run, tmp_path, capsys):
     """The counterattack at test time seems to help against an attack on the bare model; seen through, not."""
-    arguments = ['audit', run, '--split', 'val', '--n', 40, '--eps', 4, '--queries', 20]
+    arguments = ['audit', run, '--split', 'val', '--n', 16, '--eps', 4, '--queries', 5]
     found = report(*arguments[:1], tmp_path / 'a.json', *arguments[1:], '--defence', 'counterattack')['rows']
     assert len(found) == len(CHECKS) + 1 and {r['defence'] for r in found} == {'counterattack'}
     (verdict,) = (r for r in found if r['check'] == 'counterattack helps when it is attacked itself')
@@ -729,6 +729,7 @@ def test_what_a_training_cost(run, tmp_path):
 
 def test_tables_of_results(run, tmp_path, capsys):
     """Three seeds: mean ± standard deviation; one: ± standard error. Rows keep where they come from."""
+    training = evaluation.training_of(run)
     for seed, value in enumerate((0.5, 0.6, 0.7)):
         common = {'split': 'test', 'n': 100, 'measure': 'accuracy', 'data': 'easyvqa', 'subset': 'seen'}
         rows = [
@@ -742,7 +743,7 @@ def test_tables_of_results(run, tmp_path, capsys):
             for name in (['delta', 'tecoa'] if not seed else ['delta'])
             for eps in (0, 8)
         ]
-        trained = {r['model']: dict(evaluation.training_of(run), seed=seed) for r in rows}
+        trained = {r['model']: dict(training, seed=seed) for r in rows}
         made = {
             'command': 'c',
             'commit': 'abc',
@@ -766,7 +767,7 @@ def test_tables_of_results(run, tmp_path, capsys):
     rows += [{**common, **check, 'model': 'runs/x/delta.0', 'verdict': 'FAIL', 'value': 0.0}]
     rows += [{**common, 'model': 'runs/clip', 'value': 0.9}]  # no METHOD.SEED
     (tmp_path / 'models').mkdir()
-    made['trained'] = dict.fromkeys(('runs/x/delta.0', 'runs/clip'), evaluation.training_of(run))
+    made['trained'] = dict.fromkeys(('runs/x/delta.0', 'runs/clip'), training)
     (tmp_path / 'models' / 'a.json').write_text(json.dumps({**made, 'rows': rows}))
     assert evaluation.main(evaluation.parse(['tables', str(tmp_path)])) == 0
     text = (tmp_path / 'tables.md').read_text()
